@@ -1,0 +1,59 @@
+#include "level.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace spnet::cpu {
+namespace {
+
+std::atomic<Level>& current() {
+  static std::atomic<Level> value{levels().back()};
+  return value;
+}
+
+}  // namespace
+
+std::vector<Level> levels() {
+#if defined(__x86_64__)
+  std::vector<Level> result{Level::v2};
+  __builtin_cpu_init();
+  // Every processor with AVX2 has F16C, which not all compilers let one ask for.
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return result;
+  result.push_back(Level::avx2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    result.push_back(Level::avx512);
+  }
+  return result;
+#else
+  return {Level::generic};
+#endif
+}
+
+Level level() { return current().load(std::memory_order_relaxed); }
+
+void set_level(const std::string& name) {
+  std::string known;
+  for (const Level candidate : levels()) {
+    if (name == level_name(candidate)) {
+      current().store(candidate, std::memory_order_relaxed);
+      return;
+    }
+    known += known.empty() ? "" : ", ";
+    known += level_name(candidate);
+  }
+  throw std::invalid_argument("level: expected one that this processor runs (" + known + "), got " + name);
+}
+
+const char* level_name(Level level) {
+  switch (level) {
+#define SPNET_CASE(name) \
+  case Level::name:      \
+    return #name;
+    SPNET_FOR_EACH_LEVEL(SPNET_CASE)
+#undef SPNET_CASE
+  }
+  throw std::logic_error("unknown level");
+}
+
+}  // namespace spnet::cpu

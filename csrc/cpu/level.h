@@ -1,0 +1,35 @@
+// Which of the compiled instruction-set levels this process uses.
+//
+// The sources listed as SPNET_LEVEL_SOURCES in CMakeLists.txt are compiled once per level, each into a
+// namespace of the level's name. They must not use inline functions of the standard library: the linker keeps
+// one copy of such a function, and that copy could contain instructions which the machine lacks.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#define SPNET_FOR_EACH_LEVEL(X) X(v2) X(avx2) X(avx512)
+#else
+#define SPNET_FOR_EACH_LEVEL(X) X(generic)
+#endif
+
+namespace spnet::cpu {
+
+#define SPNET_ENUMERATE(level) level,
+enum class Level { SPNET_FOR_EACH_LEVEL(SPNET_ENUMERATE) };
+#undef SPNET_ENUMERATE
+
+// The levels that this processor runs, ascending.
+std::vector<Level> levels();
+
+// The level in use: the highest of levels() unless set_level chose another.
+Level level();
+
+// Chooses one of levels() for the whole process, for tests and measurements.
+// Throws std::invalid_argument for any other name.
+void set_level(const std::string& name);
+
+const char* level_name(Level level);
+
+}  // namespace spnet::cpu

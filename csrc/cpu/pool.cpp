@@ -1,0 +1,125 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <list>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace spnet::cpu {
+namespace {
+
+// One call of parallel_for. It lives on the caller's stack, so the caller leaves only when `inside` is 0.
+struct Job {
+  int64_t n;
+  int64_t grain;
+  detail::RangeFunction function;
+  void* context;
+  std::atomic<int64_t> next{0};
+
+  // Guarded by Pool::mutex.
+  int places = 0;  // workers that may still join
+  int inside = 0;
+  bool listed = true;
+  std::condition_variable left{};
+
+  void work() noexcept {
+    for (;;) {
+      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= n) return;
+      function(context, begin, std::min(begin + grain, n));
+    }
+  }
+};
+
+class Pool {
+ public:
+  void run(Job& job) {
+    const int helpers = job.places;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      start_workers(helpers);
+      jobs_.push_back(&job);
+    }
+    for (int i = 0; i < helpers; ++i) wake_.notify_one();
+    job.work();
+
+    std::unique_lock<std::mutex> lock(mutex_);
+    unlist(job);
+    job.left.wait(lock, [&] { return job.inside == 0; });
+  }
+
+ private:
+  void unlist(Job& job) {
+    if (job.listed) jobs_.remove(&job);
+    job.listed = false;
+  }
+
+  // Signals stay with the threads of the host program: one that Python's main thread waits for must reach it.
+  void start_workers(int wanted) {
+    if (workers_ >= wanted) return;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      for (; workers_ < wanted; ++workers_) std::thread([this] { worker(); }).detach();
+    } catch (const std::system_error&) {
+      // The system gives no more threads: the caller and the workers there are do the work.
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
+  void worker() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return !jobs_.empty(); });
+      Job& job = *jobs_.front();
+      ++job.inside;
+      if (--job.places == 0) unlist(job);
+      lock.unlock();
+      job.work();
+      lock.lock();
+      unlist(job);
+      if (--job.inside == 0) job.left.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::list<Job*> jobs_;
+  int workers_ = 0;
+};
+
+std::atomic<Pool*> shared_pool{nullptr};
+
+// The pool is never destroyed: its detached workers sleep on it until the process ends, so that exit waits
+// for nobody and a thread still computing at exit finds its pool alive. A child of fork() has none of the
+// workers, so it forgets the pool and makes another at its first use.
+Pool& pool() {
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { shared_pool.store(nullptr); }); });
+  Pool* current = shared_pool.load(std::memory_order_acquire);
+  if (current == nullptr) {
+    Pool* fresh = new Pool;
+    if (shared_pool.compare_exchange_strong(current, fresh)) return *fresh;
+    delete fresh;
+  }
+  return *current;
+}
+
+}  // namespace
+
+void detail::parallel_for(int64_t n, int64_t grain, int threads, RangeFunction function, void* context) {
+  grain = std::max<int64_t>(grain, 1);
+  const int64_t ranges = (n + grain - 1) / grain;
+  Job job{n, grain, function, context};
+  job.places = static_cast<int>(std::min<int64_t>(threads, ranges) - 1);
+  pool().run(job);
+}
+
+}  // namespace spnet::cpu

@@ -1,0 +1,1 @@
+"""Triton kernels, one operation per file; imported as ``spnet.kernels``."""

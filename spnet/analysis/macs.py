@@ -1,0 +1,176 @@
+"""Multiply-accumulates and parameters, per block and in all.
+
+Counted are the multiply-accumulates of convolutions and matrix products, as usual; normalisation, activation and
+pooling are not. The formulas are those of ``torch.utils.flop_counter``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from spnet.routing import RoutedBlock, RoutedSequential, active, routed_blocks
+
+
+@dataclass(frozen=True)
+class BlockMacs:
+    """Cost of one routed block for one sample, in multiply-accumulates; and its parameters."""
+
+    name: str
+    body: int  # saved by a skip
+    shortcut: int
+    router: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Cost of a model for one sample, in multiply-accumulates (FLOPs are twice that); and its parameters."""
+
+    dense: int  # stem, bodies, shortcuts, routers and head
+    parameters: int
+    blocks: tuple[BlockMacs, ...]
+
+    @property
+    def flops(self) -> int:
+        """2 x MACs; publications mix the two."""
+        return 2 * self.dense
+
+    def of_paths(self, decisions: Tensor) -> Tensor:
+        """Cost of each sample's path: decisions bool [B, L] -> int64 [B], on the same device."""
+        bodies = torch.tensor([b.body for b in self.blocks], dtype=torch.int64, device=decisions.device)
+        return self.dense - (bodies * ~decisions).sum(1)
+
+
+_cache: WeakKeyDictionary[nn.Module, tuple[tuple, Macs]] = WeakKeyDictionary()
+
+
+def count_macs(model: nn.Module, shape: Iterable[int]) -> Macs:
+    """Count the multiply-accumulates of one sample by running the dense model once on a sample of zeros.
+
+    The result is kept as long as the model consists of the same modules with parameters of the same shapes.
+
+    Args:
+        model: a network in evaluation mode, with or without RoutedBlocks.
+        shape: of one sample, such as (3, 32, 32).
+
+    Raises:
+        ValueError: a model in training mode (the sample of zeros would enter its running statistics).
+    """
+    model = getattr(model, "_orig_mod", model)
+    modules = list(model.modules())
+    if any(m.training for m in modules):
+        raise ValueError(f"model: expected evaluation mode, but {type(model).__name__} is in training mode")
+    # Weak references: the id of a module that was replaced may come back as the id of another.
+    parameters = chain.from_iterable(m._parameters.values() for m in modules)
+    structure = tuple(shape), tuple(map(ref, modules)), tuple(None if p is None else p.shape for p in parameters)
+    kept = _cache.get(model)
+    if kept is None or kept[0] != structure:
+        kept = _cache[model] = structure, _count(model, structure[0])
+    return kept[1]
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the multiply-accumulates of every operator in this thread.
+
+    Not ``FlopCounterMode``: its global module hooks would also see the forwards of other threads.
+    """
+
+    macs = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # by default the compiler is imported to be told to keep out: two seconds
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None:
+            with self:  # under inference_mode a linear layer arrives whole
+                out = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if out is NotImplemented else out
+        out = func(*args, **kwargs)
+        self.macs += formula(*args, **kwargs, out_val=out) // 2
+        return out
+
+
+class _DenseRun:
+    """One forward that executes every block and notes what its parts cost."""
+
+    def __init__(self, counter: _Counter):
+        self._counter = counter
+        self.parts: dict[int, tuple[int, ...]] = {}  # by id of the block: body, shortcut, router
+
+    def block(self, block: RoutedBlock, x: Tensor) -> Tensor:
+        marks, outputs = [self._counter.macs], []
+        for part in (block.router, block.shortcut, block.body):
+            outputs.append(part(x))
+            marks.append(self._counter.macs)
+        router, shortcut, body = (after - before for before, after in zip(marks, marks[1:], strict=False))
+        self.parts[id(block)] = body, shortcut, router
+        return block.activation(outputs[1] + outputs[2])
+
+    def sequential(self, sequential: RoutedSequential, x: Tensor) -> Tensor:
+        for module in sequential:
+            x = module(x)
+        return x
+
+
+@torch.no_grad()
+def _count(model: nn.Module, shape: tuple[int, ...]) -> Macs:
+    blocks = routed_blocks(model)
+    routers = {id(p) for b in blocks.values() for p in b.router.parameters()}
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    # Routers stay in float32: the input has the dtype of the others.
+    weight = next((p for p in floating if id(p) not in routers), floating[0] if floating else torch.empty(0))
+    counter = _Counter()
+    run = _DenseRun(counter)
+    with active(run), counter:
+        model(torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device))
+    rows = tuple(
+        BlockMacs(name, *run.parts.get(id(block), (0, 0, 0)), sum(p.numel() for p in block.parameters()))
+        for name, block in blocks.items()
+    )
+    return Macs(counter.macs, sum(p.numel() for p in model.parameters()), rows)
+
+
+def format_macs(macs: Macs) -> str:
+    """A table for a terminal: MMACs and parameters of each routed block, what lies outside them, and the totals.
+
+    The parameters include what only training uses, such as stage heads.
+    """
+    inside = [sum(getattr(b, part) for b in macs.blocks) for part in ("body", "shortcut", "router", "parameters")]
+    blocks = [
+        (b.name, *(f"{m / 1e6:.3f}" for m in (b.body, b.shortcut, b.router)), f"{b.parameters:,}") for b in macs.blocks
+    ]
+    if blocks:
+        outside = macs.dense - sum(inside[:3]), macs.parameters - inside[3]
+        rows = [
+            ("block", "body", "shortcut", "router", ""),
+            ("", "MMACs", "MMACs", "MMACs", "parameters"),
+            *blocks,
+            ("all blocks", *(f"{m / 1e6:.3f}" for m in inside[:3]), f"{inside[3]:,}"),
+            ("outside them", f"{outside[0] / 1e6:.3f}", "", "", f"{outside[1]:,}"),
+        ]
+        lines = align(rows)
+    else:
+        lines = ["no routed blocks: every sample executes everything"]
+    cost = f"{macs.dense / 1e9:.3g} GMAC ({macs.flops / 1e9:.3g} GFLOPs, counted as 2 x MACs)"
+    return "\n".join([*lines, f"dense: {cost} per sample; {macs.parameters:,} parameters"])
+
+
+def align(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a table whose first column is flush left and whose others are flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first, *others = widths
+    return [
+        "  ".join([row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], others, strict=True))]).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,177 @@
+"""``fast_forward`` and ``explain``: validate, choose an execution, run it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spnet.analysis.macs import count_macs
+from spnet.execution.masked import MaskedRun
+from spnet.execution.routed import RoutedRun
+from spnet.routing import RoutedBlock, RoutedSequential, Router, active
+
+IMPLEMENTATIONS = ("masked", "routed")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The executing paths of a batch and what they cost.
+
+    Multiply-accumulates count stem, bodies, shortcuts, routers and head; a sample's cost is that of the blocks
+    it executes.
+    """
+
+    decisions: Tensor  # bool [B, L], on the device of the input: which blocks each sample executed
+    macs: Tensor  # int64 [B], multiply-accumulates of each sample
+    dense_macs: int  # multiply-accumulates of one sample that executes every block
+    blocks: tuple[str, ...]  # L names of the RoutedBlocks
+
+
+class _Scan(NamedTuple):
+    """What one walk over the modules of a model finds."""
+
+    blocks: dict[str, RoutedBlock]
+    in_line: set[int]  # ids of the blocks that stand in a RoutedSequential
+    hooked: bool
+    weight: Tensor | None  # a weight that says the model's device and dtype (routers keep float32)
+
+
+def _scan(model: nn.Module) -> _Scan:
+    blocks, in_line, hooked, weight = {}, set(), False, None
+    routers: set[int] = set()
+    for name, module in model.named_modules():
+        if module.training:
+            raise ValueError(
+                f"model: expected evaluation mode, but {name or 'the model'!r} is in training mode; call model.eval()"
+            )
+        if isinstance(module, RoutedBlock):
+            blocks[name] = module
+            routers.update(id(m) for m in module.router.modules())
+        elif isinstance(module, RoutedSequential):
+            in_line.update(id(child) for child in module)
+        hooked = hooked or bool(module._forward_hooks or module._forward_pre_hooks)
+        if weight is None and id(module) not in routers:
+            weight = next((p for p in module._parameters.values() if p is not None and p.is_floating_point()), None)
+    if not blocks:
+        raise ValueError(f"model: expected RoutedBlocks, but {type(model).__name__} contains none")
+    return _Scan(blocks, in_line, hooked, weight)
+
+
+def _check_input(model: nn.Module, scan: _Scan, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("x: requires grad, but fast_forward is inference only; pass x.detach(), or call model(x)")
+    size = getattr(model, "input_size", None)
+    if size is not None and tuple(x.shape[1:]) != (model.in_channels, size, size):
+        raise ValueError(f"x: expected [B, {model.in_channels}, {size}, {size}], got {list(x.shape)}")
+    if x.dim() < 2:
+        raise ValueError(f"x: expected a batch [B, ...], got {list(x.shape)}")
+    if scan.weight is not None:
+        if x.device != scan.weight.device:
+            raise ValueError(f"x: expected device {scan.weight.device} (the model's), got {x.device}")
+        if x.dtype != scan.weight.dtype:
+            raise ValueError(f"x: expected {scan.weight.dtype} (the model's), got {x.dtype}")
+
+
+def _check_paths(paths: Tensor, batch: int, blocks: int, device: torch.device) -> None:
+    if not isinstance(paths, Tensor) or paths.dtype != torch.bool or tuple(paths.shape) != (batch, blocks):
+        got = f"{paths.dtype} {list(paths.shape)}" if isinstance(paths, Tensor) else type(paths).__name__
+        raise ValueError(f"paths: expected torch.bool [{batch}, {blocks}], got {got}")
+    if paths.device != device:
+        raise ValueError(f"paths: expected device {device} (the input's), got {paths.device}")
+
+
+def _check_impl(impl: str) -> None:
+    known = ("auto", *IMPLEMENTATIONS)
+    if impl not in known:
+        near = difflib.get_close_matches(str(impl), known, n=1, cutoff=0.5) or known
+        raise ValueError(f"impl: unknown {impl!r}; did you mean {', '.join(map(repr, near))}?")
+
+
+def fast_forward(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    impl: str = "auto",
+    paths: Tensor | None = None,
+    return_paths: bool = False,
+) -> Tensor | tuple[Tensor, Paths]:
+    """Run a routed network in evaluation mode, executing only what its routers ask for.
+
+    Args:
+        model: any module that contains :class:`spnet.RoutedBlock`, in evaluation mode.
+        x: input batch [B, ...] in the model's dtype and on its device, any memory layout; B may be 0.
+        impl: "masked" computes everything and selects (the specification); "routed" gathers the samples routed
+            to each body; "auto" takes the fastest that fits. A named one runs or raises, it never falls back.
+        paths: bool [B, L], forces the decisions of the L RoutedBlocks (``Paths.blocks`` gives their order).
+        return_paths: also return :class:`Paths`.
+
+    Returns:
+        The model's output, or ``(output, Paths)``.
+
+    Raises:
+        ValueError: a model in training mode or without RoutedBlocks; x of another shape, dtype or device than the
+            model's, or requiring grad; paths of another shape; an unknown impl.
+        TypeError: x is no tensor.
+    """
+    _check_impl(impl)
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides the blocks from the executions
+    scan = _scan(model)
+    _check_input(model, scan, x)
+    blocks = list(scan.blocks.values())
+    if paths is not None:
+        _check_paths(paths, len(x), len(blocks), x.device)
+    run = MaskedRun(blocks, paths) if impl == "masked" else RoutedRun(blocks, paths, in_place=not scan.hooked)
+    with torch.no_grad(), active(run):
+        output = model(x)
+    if not return_paths:
+        return output
+    decisions = run.paths(len(x), x.device)
+    macs = count_macs(model, x.shape[1:])
+    return output, Paths(decisions, macs.of_paths(decisions), macs.dense, tuple(scan.blocks))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found; ``str()`` is the text for a person."""
+
+    impl: str
+    reason: str
+    blocks: dict[str, str] = field(repr=False)  # per RoutedBlock: what happens to its skipped samples
+
+    def __str__(self) -> str:
+        lines = [f"impl = {self.impl}: {self.reason}"]
+        width = max(map(len, self.blocks))
+        lines += [f"  {name:<{width}}  {what}" for name, what in self.blocks.items()]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, x: Tensor) -> Explanation:
+    """Say which execution ``fast_forward(model, x)`` takes and why, and what a skip costs at each block.
+
+    Args and errors as in :func:`fast_forward`.
+    """
+    model = getattr(model, "_orig_mod", model)
+    scan = _scan(model)
+    _check_input(model, scan, x)
+
+    def skipped(block: RoutedBlock) -> str:
+        router = "" if isinstance(block.router, Router) else "; not a spnet.Router: it reads every sample"
+        if type(block.shortcut) is not nn.Identity:
+            return f"shortcut {type(block.shortcut).__name__} computed for every sample" + router
+        if scan.hooked:
+            return "copied: a forward hook on the model may keep intermediate tensors" + router
+        if id(block) not in scan.in_line:
+            return "copied: not a child of a RoutedSequential, so others may hold its input" + router
+        return "untouched" + router
+
+    return Explanation(
+        "routed",
+        "gathers the samples routed to each body; works for every module and device",
+        {name: skipped(block) for name, block in scan.blocks.items()},
+    )

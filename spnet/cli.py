@@ -1,0 +1,178 @@
+"""The ``spnet`` command: demo, train, eval, paths, info."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import click
+import torch
+
+import spnet
+from spnet.analysis.macs import count_macs, format_macs
+from spnet.analysis.pictures import write_pictures
+from spnet.api import IMPLEMENTATIONS
+from spnet.demo import run_demo
+from spnet.models.files import CONFIG
+from spnet.training import TrainConfig, Trainer, evaluate
+from spnet.training.data import DATASETS, Loader, load_dataset, make_loader
+
+
+class _Group(click.Group):
+    """Errors that name their cause are shown as one line, without a traceback."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError) as e:
+            raise click.ClickException(str(e)) from e
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(spnet.__version__)
+def main() -> None:
+    """Dynamic inference networks that really skip what their routers skip."""
+
+
+def _load(folder: str) -> spnet.SPNet:
+    """A model folder, or the name of a bundled network."""
+    return spnet.load_model(folder) if (Path(folder) / CONFIG).exists() else spnet.load_pretrained(folder)
+
+
+def _data_options(command):
+    for option in (
+        click.option("--batch-size", type=click.IntRange(1), default=250),
+        click.option("--data-root", help="Folder of the data set; default: the usual places."),
+        click.option("--data", type=click.Choice(DATASETS), default="fashion-mnist"),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default="demo", help="Folder for the pictures.")
+@click.option("--batch-size", type=click.IntRange(1), default=100)
+@click.option("--repeats", type=click.IntRange(1), default=5, help="Interleaved runs; the fastest of each counts.")
+def demo(out: Path, batch_size: int, repeats: int) -> None:
+    """Answer 1,000 real images by the dense network and by the fastest execution, side by side.
+
+    \b
+    Example:
+      spnet demo --out demo
+    """
+    click.echo(run_demo(out, batch_size, repeats))
+
+
+def _config_options(command):
+    """An option for every setting of TrainConfig; the preset supplies what is not given."""
+    types = typing.get_type_hints(TrainConfig)
+    for field in reversed(dataclasses.fields(TrainConfig)):
+        hint = types[field.name]
+        name = "--" + field.name.replace("_", "-")
+        if hint is bool:
+            option = click.option(f"{name}/--no-{name[2:]}", default=None)
+        elif typing.get_origin(hint) is tuple:
+            option = click.option(name, help="Comma-separated.", callback=_numbers(typing.get_args(hint)[0]))
+        else:
+            kind = next(t for t in (typing.get_args(hint) or (hint,)) if t is not type(None))
+            option = click.option(name, type=kind)
+        command = option(command)
+    return command
+
+
+def _numbers(kind: type):
+    def parse(ctx: click.Context, param: click.Parameter, value: str | None):
+        try:
+            return None if value is None else tuple(kind(v) for v in value.split(",") if v)
+        except ValueError as e:
+            raise click.BadParameter(str(e)) from e
+
+    return parse
+
+
+@main.command(context_settings={"show_default": False})
+@click.option("--preset", type=click.Choice(["cifar", "imagenet"]), default="cifar", help="Supplies what is not given.")
+@click.option("--config", "file", type=click.Path(exists=True), help="Settings saved by a run, instead of a preset.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
+@_config_options
+def train(preset: str, file: str | None, resume: bool, **settings) -> None:
+    """Train a network; the settings are those of spnet.training.TrainConfig.
+
+    \b
+    Example: a static network, then an SP-Net that starts from it
+      spnet train --data fashion-mnist --model resnet20_cifar --static \\
+                  --epochs 3 --milestones 2 --out runs/static
+      spnet train --data fashion-mnist --model resnet20_cifar --init runs/static/best \\
+                  --epochs 6 --milestones 4,5 --target-rate 0.6 --out runs/spnet
+      spnet eval runs/spnet/best
+    """
+    settings = {k: v for k, v in settings.items() if v is not None}
+    if file is not None:
+        config = dataclasses.replace(TrainConfig.load(file), **settings)
+    else:
+        config = TrainConfig.preset(preset, **settings)
+    result = Trainer(config).fit(resume=resume)
+    click.echo(_describe(result))
+
+
+def _describe(e: spnet.training.Evaluation) -> str:
+    share = f"{e.macs / e.dense_macs:.1%} of dense"
+    return f"{e.samples} samples: accuracy {e.accuracy:.2%}, {e.macs / 1e6:.2f} MMACs per sample ({share})"
+
+
+@main.command("eval")
+@click.argument("model")
+@_data_options
+@click.option("--impl", type=click.Choice(["auto", *IMPLEMENTATIONS]), default="auto")
+def evaluate_(model: str, data: str, data_root: str | None, batch_size: int, impl: str) -> None:
+    """Accuracy and cost of MODEL (a folder written by training, or a bundled network) on a test set.
+
+    \b
+    Example:
+      spnet eval fashion-mnist --data fashion-mnist
+    """
+    loader = make_loader(data, "test", root=data_root, batch_size=batch_size)
+    click.echo(_describe(evaluate(_load(model), loader, impl=impl)))
+
+
+@main.command()
+@click.argument("model")
+@_data_options
+@click.option("--limit", type=click.IntRange(1), help="Only so many images.")
+@click.option("--out", type=click.Path(path_type=Path), default="paths", help="Folder for the pictures.")
+def paths(model: str, data: str, data_root: str | None, batch_size: int, limit: int | None, out: Path) -> None:
+    """Statistics and pictures of the paths that test images take through MODEL.
+
+    \b
+    Example:
+      spnet paths fashion-mnist --limit 1000 --out paths
+    """
+    images = load_dataset(data, "test", data_root)
+    if limit is not None:
+        images = images.subset(min(limit, len(images)))
+    stats = spnet.paths(_load(model), Loader(images, batch_size, train=False))
+    click.echo(stats)
+    for path in write_pictures(stats, images.images.permute(0, 2, 3, 1), out):
+        click.echo(path)
+
+
+@main.command()
+@click.argument("model", required=False)
+def info(model: str | None) -> None:
+    """What this build can do; with MODEL (a name, a folder or a bundled network) also its cost and execution.
+
+    \b
+    Example:
+      spnet info resnet110_cifar
+    """
+    for key, value in spnet.build_info().items():
+        click.echo(f"{key:12} {value}")
+    if model is None:
+        click.echo(f"{'models':12} {', '.join(spnet.list_models())}")
+        return
+    network = spnet.create_model(model) if model in spnet.list_models() else _load(model)
+    network.eval()
+    shape = (network.in_channels, network.input_size, network.input_size)
+    click.echo("\n" + format_macs(count_macs(network, shape)))
+    click.echo(f"\n{spnet.explain(network, torch.zeros(1, *shape))}")

@@ -1,0 +1,104 @@
+"""``routed``: eager PyTorch that gathers the samples routed to a body, runs it on them, and writes them back.
+
+Skipped samples of identity blocks are neither read nor written where the state belongs to the run
+(inside a RoutedSequential), and their pooled vectors are reused by the next router.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from spnet.execution import ops
+from spnet.execution.masked import MaskedRun
+from spnet.routing import RoutedBlock, RoutedSequential, Router
+
+# Applied twice they change nothing, so a sample that passed one need not pass the same one again.
+_IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Identity)
+
+
+class _State(NamedTuple):
+    """The batch between two modules of a RoutedSequential."""
+
+    x: Tensor  # [B, C, ...]
+    owned: bool = False  # nobody else holds x: it may be written
+    activation: type | None = None  # the idempotent activation that made x
+    pooled: Tensor | None = None  # [B, C], Router.pool(x) where known
+
+
+class RoutedRun(MaskedRun):
+    """One forward that runs each body on the samples routed to it.
+
+    Args:
+        blocks, paths: as in MaskedRun.
+        in_place: False where a forward hook may keep an intermediate tensor, so that none may be overwritten.
+    """
+
+    def __init__(self, blocks: list[RoutedBlock], paths: Tensor | None = None, in_place: bool = True):
+        super().__init__(blocks, paths)
+        self._in_place = in_place
+
+    def block(self, block: RoutedBlock, x: Tensor) -> Tensor:
+        return self._step(block, _State(x)).x
+
+    def sequential(self, sequential: RoutedSequential, x: Tensor) -> Tensor:
+        if not self._in_place:
+            return super().sequential(sequential, x)
+        return self._chain(sequential, _State(x)).x
+
+    def _chain(self, sequential: RoutedSequential, state: _State) -> _State:
+        for module in sequential:
+            if isinstance(module, RoutedSequential):
+                state = self._chain(module, state)
+            elif isinstance(module, RoutedBlock):
+                state = self._step(module, state)
+            else:
+                y = module(state.x)
+                state = _State(y, not _shares_memory(y, state.x), _idempotent(_last(module)))
+        return state
+
+    def _step(self, block: RoutedBlock, state: _State) -> _State:
+        x, pooled = state.x, state.pooled
+        if type(block.router) is not Router or not self._in_place:
+            pooled = None  # another router looks at x itself, and a hook on a router expects its call
+        elif pooled is None and self._forced is None:
+            pooled = Router.pool(x)
+        index = ops.compact(self.decisions(block, x, pooled))
+        activation = _idempotent(block.activation)
+        if len(index) == len(x):
+            return _State(block.activation(block.shortcut(x) + block.body(x)), True, activation)
+
+        identity = type(block.shortcut) is nn.Identity
+        # A skipped sample of a settled block is unchanged: its activation has been applied before.
+        settled = identity and activation is not None and activation in (nn.Identity, state.activation)
+        if settled and len(index) == 0:
+            return state._replace(pooled=pooled)
+        y = block.shortcut(x)
+        if _shares_memory(y, x) and not (identity and state.owned):
+            y = y.clone()
+        if len(index):
+            body = block.body(ops.gather_rows(x, index)).to(y.dtype)
+            if settled and activation not in (nn.ReLU, nn.Identity):
+                y.index_copy_(0, index, block.activation(ops.gather_rows(y, index) + body))
+            else:
+                ops.scatter_add_rows_(y, index, body, settled and activation is nn.ReLU)
+        if not settled:
+            return _State(block.activation(y), True, activation)
+        if pooled is not None:
+            pooled = pooled.index_copy(0, index, Router.pool(ops.gather_rows(y, index)))
+        return _State(y, True, activation, pooled)
+
+
+def _idempotent(module: nn.Module) -> type | None:
+    return type(module) if type(module) in _IDEMPOTENT else None
+
+
+def _last(module: nn.Module) -> nn.Module:
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[-1]
+    return module
+
+
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

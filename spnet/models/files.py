@@ -1,0 +1,113 @@
+"""Model folders: ``model.safetensors`` beside ``config.json``; no pickle, no code."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from spnet.models.registry import create_model
+from spnet.models.resnet import SPNet
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file wholly or not at all, flushed to the disk.
+
+    Raises:
+        OSError: it cannot be written (a full disk, say); what was there before stays.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except OSError as e:
+        raise OSError(f"{path}: not written, what was there before stays ({e})") from e
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_model(model: SPNet, folder: str | Path) -> None:
+    """Write a model made by :func:`spnet.create_model` into a folder, flushed to the disk.
+
+    Args:
+        model: its ``config`` and, where set, ``data`` (class names, mean and std of the pixels) go along.
+        folder: made if it is missing; each of its two files is replaced wholly or not at all.
+
+    Raises:
+        ValueError: a model that create_model did not make.
+        OSError: a full disk, say.
+    """
+    if model.config is None:
+        raise ValueError("model: expected one made by create_model, whose config says how to build it again")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    description = json.dumps({"model": model.config, "data": model.data}, indent=2) + "\n"
+    write_whole(folder / WEIGHTS, save(weights))
+    write_whole(folder / CONFIG, description.encode())
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a safetensors file, or the one in a model folder.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: the file is truncated or of another format.
+    """
+    path = Path(path)
+    path = path / WEIGHTS if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"path: no weights at {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise ValueError(f"path: {path} is no complete safetensors file ({e})") from e
+
+
+def load_model(folder: str | Path) -> SPNet:
+    """Read a model folder: the network in evaluation mode, float32, on the CPU.
+
+    Raises:
+        FileNotFoundError: the folder or one of its two files is missing.
+        ValueError: a truncated or foreign file, or weights that do not fit the configuration.
+    """
+    folder = Path(folder)
+    weights = load_weights(folder)
+    try:
+        described = json.loads((folder / CONFIG).read_text())
+        model = create_model(**described["model"])
+        model.load_state_dict(weights)
+        model.data = described.get("data")
+    except (ValueError, KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"folder: {folder} does not describe its weights ({e})") from e
+    return model.eval()
+
+
+def load_static_weights(model: SPNet, path: str | Path) -> None:
+    """Start a routed network from the weights of a static one of the same depth; the routers stay as they are.
+
+    Args:
+        model: changed in place.
+        path: model folder or safetensors file of the static network.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a truncated file, or weights of another network.
+    """
+    weights = load_weights(path)
+    own = model.state_dict()
+    static = {name for name in own if ".router." not in name}
+    wrong = sorted(static ^ weights.keys() - (own.keys() - static))
+    wrong += [n for n in static & weights.keys() if weights[n].shape != own[n].shape]
+    if wrong:
+        raise ValueError(f"path: {path} holds another network: {len(wrong)} keys differ, such as {wrong[0]!r}")
+    model.load_state_dict({**own, **{n: weights[n] for n in static}})

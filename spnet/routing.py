@@ -1,0 +1,229 @@
+"""Routers and routed blocks: the module's own forward is the specification of every faster execution.
+
+A routed block computes ``y = activation(shortcut(x) + d * body(x))`` where the router decides ``d``
+per sample. This file computes everything and then selects (``masked``); the other executions in
+``spnet.execution`` take over through ``_active_run`` and must give the same answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def straight_through_gumbel(router_logits: Tensor, tau: float = 1.0) -> Tensor:
+    """Sample one hard decision per row, with the gradient of the soft one.
+
+    Args:
+        router_logits: float [..., 2], the logits of (skip, execute).
+        tau: temperature of the Gumbel-softmax.
+
+    Returns:
+        [...] of the same dtype: 0 or 1 in the forward, the Gumbel-softmax probability in the backward.
+
+    Source: Jang et al., "Categorical reparameterization with Gumbel-softmax", ICLR 2017, section 2.2.
+    """
+    return F.gumbel_softmax(router_logits, tau=tau, hard=True)[..., 1]
+
+
+def decide(router_logits: Tensor) -> Tensor:
+    """Decide without noise: float [B, 2] logits of (skip, execute) -> bool [B]. A tie or a NaN skips."""
+    return router_logits[:, 1] > router_logits[:, 0]
+
+
+class Router(nn.Module):
+    """The two-way router of a residual block, always in float32 or better.
+
+    ``Linear(width, 2)(Dropout(ReLU(BatchNorm1d(Linear(C, width)(GAP(x))))))``
+
+    Args:
+        channels: C, the channels of the block's input.
+        width: hidden units.
+        dropout: probability of dropping a hidden unit in training.
+        bias: initial bias of the (skip, execute) logits; the default starts blocks open for ~85 % of samples.
+        init_std: standard deviation of the last layer's initial weights; None means Kaiming-normal.
+
+    Source: SP-Net (ECCV 2022), the dynamic router; ConvNet-AIG (ECCV 2018), section 3.2.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int = 128,
+        dropout: float = 0.4,
+        bias: tuple[float, float] = (0.1, 2.0),
+        init_std: float | None = None,
+    ):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, width)
+        self.bn = nn.BatchNorm1d(width)
+        self.dropout = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(width, 2)
+        nn.init.kaiming_normal_(self.fc1.weight)
+        if init_std is None:
+            nn.init.kaiming_normal_(self.fc2.weight)
+        else:
+            nn.init.normal_(self.fc2.weight, std=init_std)
+        with torch.no_grad():
+            self.fc1.bias.zero_()
+            self.fc2.bias.copy_(torch.tensor(bias))
+
+    def _apply(self, fn, recurse=True):
+        # model.half() and model.bfloat16() move a router but keep its precision: decisions are made in float32.
+        def keep_precision(t: Tensor) -> Tensor:
+            out = fn(t)
+            return t.to(out.device) if out.dtype in (torch.float16, torch.bfloat16) else out
+
+        return super()._apply(keep_precision, recurse)
+
+    @staticmethod
+    def pool(x: Tensor) -> Tensor:
+        """Global average: [B, C, ...] -> [B, C], in float32 for half-precision inputs."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return x.to(dtype) if x.dim() == 2 else x.mean(dim=tuple(range(2, x.dim())), dtype=dtype)
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Router logits [B, 2] of the pooled vector [B, C], outside any autocast region."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            h = self.fc1(pooled)
+            if self.training and h.shape[0] == 1:
+                # One sample has no batch statistics: it is normalised by the running ones.
+                bn = self.bn
+                h = F.batch_norm(h, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
+            else:
+                h = self.bn(h)
+            return self.fc2(self.dropout(F.relu(h)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, ...] -> router logits [B, 2] of (skip, execute)."""
+        return self.logits(self.pool(x))
+
+
+class ResidualBlock(nn.Module):
+    """``activation(shortcut(x) + body(x))``: a block that every sample executes.
+
+    Args:
+        body: module whose output has the shape of ``shortcut(x)``.
+        shortcut: module applied to every sample; None is the identity.
+        activation: module applied to the sum; None is the identity.
+    """
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module | None = None, activation: nn.Module | None = None):
+        super().__init__()
+        self.body = body
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+        self.activation = nn.Identity() if activation is None else activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.shortcut(x) + self.body(x))
+
+
+class Routing(NamedTuple):
+    """What a routed block computed."""
+
+    output: Tensor  # [B, C, ...]
+    router_logits: Tensor | None  # [B, 2]; None where the decisions were forced
+    decisions: Tensor  # [B]; bool in evaluation, straight-through 0/1 of the router's dtype in training
+
+
+class RoutedBlock(ResidualBlock):
+    """A residual block with a router: samples that it sends past the body keep their shortcut.
+
+    ``y = activation(shortcut(x) + d * body(x))`` with d in {0, 1} per sample.
+
+    In training mode d is a straight-through Gumbel-softmax sample; in evaluation mode ``d = z[execute] > z[skip]``
+    and a skipped body contributes nothing at all, whatever it would have computed (also NaN).
+
+    Args:
+        body, shortcut, activation: as in :class:`ResidualBlock`.
+        router: module from the block's input [B, C, ...] to logits [B, 2] of (skip, execute). With a
+            :class:`Router` the executions pool only what changed since the block before.
+
+    Source: SP-Net (ECCV 2022); ConvNet-AIG (ECCV 2018), section 3.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        router: nn.Module,
+        shortcut: nn.Module | None = None,
+        activation: nn.Module | None = None,
+    ):
+        super().__init__(body, shortcut, activation)
+        self.router = router
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            run = _active_run.get()
+            if run is not None:
+                return run.block(self, x)
+        return self.masked(x).output
+
+    def masked(self, x: Tensor, *, pooled: Tensor | None = None, decisions: Tensor | None = None) -> Routing:
+        """Compute the body for every sample, then select by the decisions.
+
+        Args:
+            x: [B, C, ...].
+            pooled: ``Router.pool(x)`` where the caller has it already.
+            decisions: bool [B], forces the decisions; the router is then not run.
+        """
+        router_logits = None
+        if decisions is None:
+            router_logits = self.router(x) if pooled is None else self.router.logits(pooled)
+            decisions = straight_through_gumbel(router_logits) if self.training else decide(router_logits)
+        shortcut, body = self.shortcut(x), self.body(x)
+        d = decisions.view(-1, *[1] * (body.dim() - 1))
+        if d.dtype == torch.bool:
+            y = torch.where(d, shortcut + body, shortcut)
+        else:
+            y = shortcut + d.to(body.dtype) * body
+        return Routing(self.activation(y), router_logits, decisions)
+
+
+class RoutedSequential(nn.Sequential):
+    """A straight line of modules whose intermediate state belongs to nobody else.
+
+    Same meaning as ``nn.Sequential``. The difference is a promise: nothing outside holds the tensors between
+    its children, so an execution may update them in place and a skipped sample of an identity block is neither
+    read nor written. A RoutedBlock elsewhere must return a new tensor, which costs one copy of the batch.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            run = _active_run.get()
+            if run is not None:
+                return run.sequential(self, x)
+        return super().forward(x)
+
+
+class Run(Protocol):
+    """One forward of one model by one execution; see ``spnet.execution``."""
+
+    def block(self, block: RoutedBlock, x: Tensor) -> Tensor: ...
+
+    def sequential(self, sequential: RoutedSequential, x: Tensor) -> Tensor: ...
+
+
+# A context variable and not module state: two threads may run one model at once.
+_active_run: ContextVar[Run | None] = ContextVar("spnet_active_run", default=None)
+
+
+@contextmanager
+def active(run: Run) -> Iterator[Run]:
+    """Let ``run`` execute every RoutedBlock called inside the ``with`` block, in this thread."""
+    token = _active_run.set(run)
+    try:
+        yield run
+    finally:
+        _active_run.reset(token)
+
+
+def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:
+    """The RoutedBlocks of a model by name, in the order of registration: the columns of every ``paths``."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, RoutedBlock)}

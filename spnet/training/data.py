@@ -1,0 +1,48 @@
+"""Data for training by name: `make_loader`, and what else a user of it needs.
+
+`datasets` reads the small sets, `folders` those that do not fit in memory, `loaders` makes batches of both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from spnet.preprocessing import normalise
+from spnet.training.datasets import DATASETS, ImageSet, Split, load_dataset
+from spnet.training.folders import image_folder
+from spnet.training.loaders import FolderLoader, Loader
+
+__all__ = ["DATASETS", "FolderLoader", "ImageSet", "Loader", "load_dataset", "make_loader", "normalise"]
+
+
+def make_loader(
+    name: str,
+    split: Split,
+    *,
+    root: str | Path | None = None,
+    batch_size: int,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    train: bool | None = None,
+    workers: int = 4,
+) -> Loader | FolderLoader:
+    """The loader of any data set in `DATASETS`.
+
+    Args:
+        train: shuffle, augment and drop a last batch that is not full. Default: split == "train".
+        workers: decoding processes for "imagefolder"; the other sets need none.
+
+    Returns:
+        A loader with `epoch(epoch, start)`, `len`, `num_classes`, `in_channels`, `class_names`, `mean`, `std`
+        and `input_size`.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: see `load_dataset`, `image_folder`, `Loader` and `FolderLoader`.
+    """
+    train = split == "train" if train is None else train
+    if name == "imagefolder":
+        images = image_folder(root, split, train=train)
+        return FolderLoader(images, images.classes, batch_size, train=train, device=device, seed=seed, workers=workers)
+    return Loader(load_dataset(name, split, root), batch_size, train=train, device=device, seed=seed)

@@ -1,0 +1,337 @@
+"""Training and evaluation of routed (and static) networks, resumable to the bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from spnet.analysis.macs import count_macs
+from spnet.api import fast_forward
+from spnet.models import SPNet, create_model
+from spnet.models.files import load_static_weights, load_weights
+from spnet.routing import routed_blocks
+from spnet.training.auxiliary import DynamicAuxiliary
+from spnet.training.checkpoint import load_state, save_checkpoint
+from spnet.training.config import TrainConfig
+from spnet.training.data import Loader, make_loader
+from spnet.training.losses import SPNetLoss
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network does on a labelled set."""
+
+    accuracy: float  # fraction of the samples
+    loss: float  # mean cross-entropy
+    rates: tuple[float, ...]  # execution rate of each routed block
+    macs: float  # mean multiply-accumulates per sample
+    dense_macs: int  # of a sample that executes every block
+    samples: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, impl: str = "auto", device: str = "cpu"
+) -> Evaluation:
+    """Accuracy, execution rates and cost of a network, in evaluation mode (restored afterwards).
+
+    Args:
+        model: routed or static network.
+        batches: of (input [B, ...], labels int64 [B]).
+        impl: see :func:`spnet.fast_forward`; a static network has but its own forward.
+
+    Raises:
+        ValueError: no samples, or labels outside the network's classes.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return _evaluate(model, batches, impl, device)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], impl: str, device: str) -> Evaluation:
+    routed = bool(routed_blocks(model))
+    correct = loss = macs = 0.0
+    samples, executed, dense = 0, 0, 0
+    for x, labels in batches:
+        x, labels = x.to(device), labels.to(device)
+        if routed:
+            logits, paths = fast_forward(model, x, impl=impl, return_paths=True)
+            executed = executed + paths.decisions.sum(0)
+            macs += paths.macs.sum().item()
+            dense = paths.dense_macs
+        else:
+            logits = model(x)
+            dense = count_macs(model, x.shape[1:]).dense
+            macs += dense * len(x)
+        low, high = labels.aminmax() if len(labels) else (0, 0)
+        if low < 0 or high >= logits.shape[1]:
+            raise ValueError(f"labels: expected 0 to {logits.shape[1] - 1}, got {int(low)} to {int(high)}")
+        correct += (logits.argmax(1) == labels).sum().item()
+        loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+        samples += len(x)
+    if not samples:
+        raise ValueError("batches: expected at least one sample, got none")
+    rates = tuple((executed / samples).tolist()) if routed else ()
+    return Evaluation(correct / samples, loss / samples, rates, macs / samples, dense, samples)
+
+
+class Trainer:
+    """Train a network by a :class:`TrainConfig`; everything it writes lies in ``config.out``.
+
+    ``config.json``, ``log.jsonl`` (a line per ``log_every`` steps and per epoch), ``tensorboard/``, and the
+    checkpoints ``last`` and ``best`` (highest test accuracy), each a model folder for :func:`spnet.load_model`.
+
+    Args:
+        config: the settings.
+        train_loader, test_loader: replace the ones that the config names; see :class:`Loader`.
+
+    Raises:
+        ValueError: training and test data of different classes, settings out of range, or initial weights of
+            another network.
+        FileNotFoundError: a missing data set (says where to get it) or missing initial weights.
+    """
+
+    def __init__(self, config: TrainConfig, *, train_loader: Loader | None = None, test_loader: Loader | None = None):
+        self.config, self.run = config, Path(config.out)
+        self.device = torch.device(config.device)
+        torch.manual_seed(config.seed)
+        data = dict(root=config.data_root, batch_size=config.batch_size, device=self.device, seed=config.seed)
+        data["workers"] = config.workers
+        self.train_loader = train_loader or make_loader(config.data, "train", **data)
+        self.test_loader = test_loader or make_loader(config.data, "test", **data)
+        t = self.train_loader
+        if t.class_names != self.test_loader.class_names:
+            raise ValueError(
+                f"data: {t.num_classes} training classes differ from {self.test_loader.num_classes} test classes"
+            )
+        shape = dict(num_classes=t.num_classes, in_channels=t.in_channels, input_size=t.input_size)
+        self.model: SPNet = create_model(config.model, routed=not config.static, **shape)
+        stages = len(self.model.heads)
+        if len(config.stage_weights) != stages:
+            raise ValueError(
+                f"stage_weights: expected {stages}, one per stage of {config.model}, got {len(config.stage_weights)}"
+            )
+        self.model.data = {"class_names": list(t.class_names), "mean": list(t.mean), "std": list(t.std)}
+        if config.init is not None:
+            load_static_weights(self.model, config.init)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.loss = SPNetLoss(
+            config.target_rate,
+            stage_weights=config.stage_weights,
+            activation=config.weight_activation,
+            path=config.weight_path,
+            logits=config.weight_logits,
+            evolution=config.weight_evolution,
+            hinge=config.hinge,
+            pairing=config.pairing,
+            evolution_form=config.evolution,
+        )
+        needs_auxiliary = self.loss.needs_auxiliary and not config.static
+        self.auxiliary = DynamicAuxiliary(self.model, config.auxiliary_momentum) if needs_auxiliary else None
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        self.amp_dtype = _amp_dtype(self.device) if config.amp else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
+        self.epoch = self.batch = self.step = 0
+        self.best_accuracy = -1.0
+        self._sums: dict[str, Tensor] = {}
+
+    def evaluate(self, impl: str = "auto") -> Evaluation:
+        """Evaluate the current weights on the test set."""
+        return evaluate(self.model, self.test_loader, impl=impl, device=self.device)
+
+    def fit(self, *, resume: bool = False) -> Evaluation:
+        """Train to the last epoch and return the last evaluation.
+
+        Args:
+            resume: go on from ``out/last``, bit-identically on a CPU; False expects an unused folder.
+
+        Raises:
+            FileExistsError: the folder holds a run already and resume is False.
+            ValueError: resuming a run of other settings (names them), or a damaged checkpoint.
+            FloatingPointError: a loss term or the weights are not finite; the last checkpoint stays.
+            OSError: a full disk, say; the last checkpoint stays.
+        """
+        if resume:
+            self._resume()
+        elif (self.run / "last").exists():
+            raise FileExistsError(f"out: {self.run} holds a run already; resume it or name another folder")
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.config.save(self.run / "config.json")
+        evaluation = None
+        with (
+            open(self.run / "log.jsonl", "a" if resume else "w") as self._log,
+            SummaryWriter(self.run / "tensorboard", purge_step=self.step + 1) as self._board,
+        ):
+            while self.epoch < self.config.epochs:
+                evaluation = self._train_epoch()
+        return self.evaluate() if evaluation is None else evaluation
+
+    def _train_epoch(self) -> Evaluation:
+        config, started, trained = self.config, time.perf_counter(), 0
+        lr = config.lr * config.lr_decay ** sum(self.epoch >= m for m in config.milestones)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        batches = tqdm(
+            self.train_loader.epoch(self.epoch, start=self.batch),
+            desc=f"epoch {self.epoch + 1}/{config.epochs}",
+            total=len(self.train_loader),
+            initial=self.batch,
+            disable=None,
+        )
+        for x, labels in batches:
+            terms = self._train_step(x.to(self.device), labels.to(self.device))
+            self.batch, self.step, trained = self.batch + 1, self.step + 1, trained + len(labels)
+            log = self.step % config.log_every == 0
+            save = self.step % config.checkpoint_every == 0 and self.batch < len(self.train_loader)
+            if log or save:
+                values = {name: term.item() for name, term in terms.items()}
+                self._check_finite(values)
+            if log:
+                batches.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
+                self._write("step", self.step, epoch=self.epoch, lr=lr, **values)
+            if save:
+                self._save()
+        seconds = time.perf_counter() - started
+        means = {name: (total / self.batch).tolist() for name, total in self._sums.items()}
+        self._check_finite({name: mean for name, mean in means.items() if name != "rates"})
+        evaluation = self.evaluate()
+        self._check_finite({"test loss": evaluation.loss})
+        self.epoch, self.batch, self._sums = self.epoch + 1, 0, {}
+        self._write(
+            "epoch",
+            self.step,
+            epoch=self.epoch,
+            lr=lr,
+            images_per_second=trained / seconds,
+            train=means,
+            test=asdict(evaluation),
+        )
+        best = evaluation.accuracy > self.best_accuracy
+        self.best_accuracy = max(self.best_accuracy, evaluation.accuracy)
+        self._save(best=best)
+        return evaluation
+
+    def _train_step(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        autocast = torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+        auxiliary = None
+        with autocast:
+            if self.auxiliary is not None:
+                self.auxiliary.update(self.model)
+                auxiliary = self.auxiliary(x)
+            output = self.model(x)
+        total, terms = self.loss(output, labels, auxiliary)
+        self.optimizer.zero_grad()
+        self.scaler.scale(total).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_value_(self.model.parameters(), self.config.gradient_clamp)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        terms = {name: term.detach() for name, term in {**terms, "loss": total}.items()}
+        seen = {
+            **terms,
+            "accuracy": (output.stage_logits[-1].argmax(1) == labels).float().mean(),
+            "rates": output.decisions.detach().mean(0),
+        }
+        for name, value in seen.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        return terms
+
+    def _check_finite(self, values: dict[str, float]) -> None:
+        # The weights too: the gradient of a finite loss may not be finite.
+        weights = nn.utils.get_total_norm(p.detach() for p in self.model.parameters()).item()
+        for name, value in {**values, "norm of the weights": weights}.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name}: {value} by step {self.step}; the checkpoint before it stays")
+
+    def _write(self, kind: str, step: int, **values: Any) -> None:
+        self._log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._log.flush()
+
+        def scalars(prefix: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for k, v in value.items():
+                    scalars(f"{prefix}/{k}", v)
+            elif isinstance(value, list | tuple):
+                for i, v in enumerate(value):
+                    scalars(f"{prefix}/{i:03d}", v)
+            else:
+                self._board.add_scalar(prefix, value, step)
+
+        scalars(kind, values)
+
+    def _save(self, best: bool = False) -> None:
+        self._board.flush()  # a resumed run writes only what comes after the checkpoint
+        state = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "best_accuracy": self.best_accuracy,
+            "sums": self._sums,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "auxiliary": None if self.auxiliary is None else self.auxiliary.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+        save_checkpoint(self.run, self.model, state, best=best)
+
+    def _resume(self) -> None:
+        """Take up the checkpoint ``last`` and cut the log where it stands: the rest will be written again."""
+        last = self.run / "last"
+        state = load_state(last)
+        differences = self.config.differences(TrainConfig.load(self.run / "config.json"))
+        if differences:
+            raise ValueError(f"resume: {self.run} was trained with other settings: {'; '.join(differences)}")
+        try:
+            self.model.load_state_dict(load_weights(last))
+            if self.auxiliary is not None:
+                self.auxiliary.load_state_dict(state["auxiliary"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+            self.best_accuracy = state["best_accuracy"]
+            self._sums = {name: total.to(self.device) for name, total in state["sums"].items()}
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"]:
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"resume: {last} is no checkpoint of this run ({e!r})") from e
+        _cut_log(self.run / "log.jsonl", self.step)
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and what a kill left of a line; in place, so that no line can be lost."""
+    end = 0
+    with open(path, "r+b") as log:
+        for line in log:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+        log.truncate(end)
+
+
+def _amp_dtype(device: torch.device) -> torch.dtype | None:
+    """The 16-bit type that the device computes faster than float32, or None."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return None

@@ -1,0 +1,45 @@
+"""Shared by all tests: small networks whose routers really route."""
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+import spnet
+
+# Examples run whole networks, whose first call is slow; no deadline, and the same examples on every run.
+settings.register_profile("spnet", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("spnet")
+
+# The networks of the tests are too small to share between cores; what threads change is tested by name.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def settle(model: nn.Module, bias: float = 0.0, spread: float = 1.0) -> nn.Module:
+    """Give a fresh network the statistics and the router spread that a trained one has; evaluation mode.
+
+    Args:
+        bias: of the execute logits over the skip logits; 0 executes about half.
+        spread: scale of the router logits.
+    """
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+                m.running_mean.normal_(0, 0.1, generator=generator)
+                m.running_var.uniform_(0.5, 1.5, generator=generator)
+            if isinstance(m, spnet.Router):
+                m.fc2.weight.normal_(0, spread, generator=generator)
+                m.fc2.bias.copy_(torch.tensor([0.0, bias]))
+    return model.eval()
+
+
+@pytest.fixture
+def network():
+    """resnet20_cifar with one input channel, deciding about half of its blocks."""
+    return settle(spnet.create_model("resnet20_cifar", in_channels=1))

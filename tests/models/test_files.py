@@ -1,0 +1,290 @@
+"""Model folders, starting from static weights, and images as input."""
+
+import errno
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import spnet
+from spnet import load_model, save_model
+from spnet.models.files import CONFIG, WEIGHTS, load_static_weights, load_weights, write_whole
+
+
+def states_equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def folder(tmp_path, network):
+    save_model(network, tmp_path / "net")
+    return tmp_path / "net"
+
+
+class Bomb:
+    """Unpickling it leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+# ---------------------------------------------------------------------------------------------- save and load
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "resnet20_cifar", "num_classes": 7, "in_channels": 1},
+        {"name": "resnet20_cifar", "routed": False},
+        {"name": "resnet18", "num_classes": 3, "router_width": 16},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_round_trip(tmp_path, options):
+    model = spnet.create_model(**options)
+    model.data = {"class_names": ["a", "b"], "mean": [0.5], "std": [0.25]}
+    save_model(model, tmp_path / "a" / "b")
+    loaded = load_model(str(tmp_path / "a" / "b"))
+    assert states_equal(loaded, model)
+    assert (loaded.config, loaded.data) == (model.config, model.data)
+    assert not any(m.training for m in loaded.modules())
+    assert {p.name for p in (tmp_path / "a" / "b").iterdir()} == {WEIGHTS, CONFIG}
+
+
+def test_round_trip_of_other_dtype_and_memory_format(tmp_path, network):
+    low = network.bfloat16().to(memory_format=torch.channels_last)
+    save_model(low, tmp_path)
+    loaded = load_model(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert states_equal(loaded.bfloat16(), low)
+
+
+def test_files_have_the_usual_permissions(folder):
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o666 & ~umask}
+
+
+def test_model_that_create_model_did_not_make(tmp_path):
+    with pytest.raises(ValueError, match="model: expected one made by create_model"):
+        save_model(spnet.SPNet([1, 1], [8, 8], num_classes=2), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("during", ["fsync", "replace"])
+def test_full_disk_leaves_the_model_before(monkeypatch, folder, network, during):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, during, full)
+    with torch.no_grad():
+        network.heads[-1].bias.add_(1)
+    with pytest.raises(OSError, match=f"{WEIGHTS}: not written, what was there before stays .*No space left"):
+        save_model(network, folder)
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    load_model(folder)
+
+
+def test_write_whole_over_the_leftover_of_a_kill(tmp_path):
+    (tmp_path / ".x.partial").write_text("a longer text of before")
+    write_whole(tmp_path / "x", b"now")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"now"
+
+
+def test_missing(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match="no weights at .*nothing"):
+        load_model(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no weights at .*nothing.safetensors"):
+        load_weights(tmp_path / "nothing.safetensors")
+    (folder / CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match=CONFIG):
+        load_model(folder)
+
+
+def test_load_weights_of_a_file_or_a_folder(folder, network):
+    for path in (folder, folder / WEIGHTS, str(folder / WEIGHTS)):
+        weights = load_weights(path)
+        assert all(torch.equal(weights[name], t) for name, t in network.state_dict().items())
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 100, 5000, -100, -1])
+def test_truncated_weights(folder, length):
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:length])
+    with pytest.raises(ValueError, match="model.safetensors is no complete safetensors file"):
+        load_model(folder)
+
+
+def test_foreign_weights(tmp_path, folder):
+    mark = tmp_path / "executed"
+    foreign = [b"not weights at all", pickle.dumps(Bomb(mark)), bytes(1000), b"\xff" * 1000]
+    torch.save({"state_dict": Bomb(mark)}, tmp_path / "bomb.pt")
+    foreign.append((tmp_path / "bomb.pt").read_bytes())
+    for data in foreign:
+        (folder / WEIGHTS).write_bytes(data)
+        with pytest.raises(ValueError, match="model.safetensors is no complete safetensors file"):
+            load_model(folder)
+    assert not mark.exists()
+
+
+def test_weights_of_another_network(tmp_path, folder):
+    save_model(spnet.create_model("resnet32_cifar", in_channels=1), tmp_path / "other")
+    (folder / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
+    with pytest.raises(ValueError, match="folder: .* does not describe its weights"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"model": null}',
+        '{"model": {}}',
+        '{"model": {"name": "resnet7"}}',
+        '{"model": {"name": "resnet20_cifar", "colour": 3}}',
+        '{"model": {"name": "resnet20_cifar", "in_channels": 1, "num_classes": -4}}',
+        '{"model": {"name": "resnet20_cifar", "in_channels": 3}}',
+    ],
+)
+def test_damaged_description(folder, text):
+    (folder / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match="folder: .* does not describe its weights"):
+        load_model(folder)
+
+
+def test_description_that_is_no_text(folder):
+    (folder / CONFIG).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="folder: .* does not describe its weights"):
+        load_model(folder)
+
+
+# --------------------------------------------------------------------------------------------- static weights
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "resnet18"])
+@pytest.mark.parametrize("routed", [False, True])
+def test_static_weights(tmp_path, name, routed):
+    source = spnet.create_model(name, num_classes=5, routed=routed)
+    save_model(source, tmp_path)
+    target = spnet.create_model(name, num_classes=5)
+    before = {k: t.clone() for k, t in target.state_dict().items()}
+    load_static_weights(target, tmp_path / WEIGHTS if routed else tmp_path)
+    for key, t in target.state_dict().items():
+        assert torch.equal(t, before[key] if ".router." in key else source.state_dict()[key])
+
+
+def test_static_weights_of_another_network(tmp_path):
+    target = spnet.create_model("resnet20_cifar", in_channels=1)
+    before = {k: t.clone() for k, t in target.state_dict().items()}
+    for i, other in enumerate(
+        (
+            spnet.create_model("resnet32_cifar", in_channels=1, routed=False),
+            spnet.create_model("resnet20_cifar", in_channels=3, routed=False),
+            spnet.create_model("resnet20_cifar", in_channels=1, num_classes=7, routed=False),
+        )
+    ):
+        save_model(other, tmp_path / str(i))
+        with pytest.raises(ValueError, match=r"holds another network: \d+ keys differ, such as '"):
+            load_static_weights(target, tmp_path / str(i))
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        load_static_weights(target, tmp_path / "nothing")
+    (tmp_path / "0" / WEIGHTS).write_bytes(b"cut")
+    with pytest.raises(ValueError, match="no complete safetensors file"):
+        load_static_weights(target, tmp_path / "0")
+    assert all(torch.equal(t, before[k]) for k, t in target.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------------------- images
+
+
+@pytest.fixture
+def grey(network):
+    network.data = {"class_names": ["a"], "mean": [0.25], "std": [0.5]}
+    return network
+
+
+@pytest.fixture
+def colour():
+    model = spnet.create_model("resnet20_cifar").eval()
+    model.data = {"class_names": ["a"], "mean": [0.0, 0.25, 0.5], "std": [1.0, 0.5, 0.25]}
+    return model
+
+
+def test_preprocess_pads_and_normalises(grey):
+    images = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    images[0, 0, 0], images[1, 27, 27] = 255, 51
+    x = spnet.preprocess(grey, images)
+    # (1 - 0.25) / 0.5, (0.2 - 0.25) / 0.5, and black everywhere else: (0 - 0.25) / 0.5
+    expected = torch.full((2, 1, 32, 32), -0.5)
+    expected[0, 0, 2, 2], expected[1, 0, 29, 29] = 1.5, -0.1
+    torch.testing.assert_close(x, expected)
+
+
+def test_preprocess_channels(colour):
+    images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    images[0, 5, 6] = torch.tensor([255, 51, 255])
+    x = spnet.preprocess(colour, images)
+    torch.testing.assert_close(x[0, :, 5, 6], torch.tensor([1.0, -0.1, 2.0]))
+    torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([0.0, -0.5, -2.0]))
+
+
+def test_preprocess_takes_numpy_and_trailing_channel(grey):
+    images = torch.randint(256, (3, 28, 30), dtype=torch.uint8)
+    x = spnet.preprocess(grey, images)
+    assert torch.equal(spnet.preprocess(grey, images.numpy()), x)
+    assert torch.equal(spnet.preprocess(grey, images[..., None]), x)
+    assert torch.equal(spnet.preprocess(grey, np.asfortranarray(images.numpy())), x)
+
+
+def test_preprocess_gives_the_models_dtype(grey):
+    x = spnet.preprocess(grey.bfloat16(), torch.zeros(1, 28, 28, dtype=torch.uint8))
+    assert x.dtype == torch.bfloat16
+    assert spnet.fast_forward(grey, x).shape == (1, 10)
+
+
+def test_preprocess_no_images(grey):
+    assert spnet.preprocess(grey, torch.zeros(0, 28, 28, dtype=torch.uint8)).shape == (0, 1, 32, 32)
+
+
+def test_preprocess_survives_the_round_trip(tmp_path, grey):
+    save_model(grey, tmp_path)
+    images = torch.randint(256, (3, 28, 28), dtype=torch.uint8)
+    assert torch.equal(spnet.preprocess(load_model(tmp_path), images), spnet.preprocess(grey, images))
+    assert json.loads((tmp_path / CONFIG).read_text())["data"] == grey.data
+
+
+@pytest.mark.parametrize(
+    ("images", "got"),
+    [
+        (torch.zeros(1, 28, 28), r"torch.float32 \[1, 28, 28, 1\]"),
+        (torch.zeros(28, 28, dtype=torch.uint8), r"torch.uint8 \[28, 28\]"),
+        (torch.zeros(1, 28, 28, 3, dtype=torch.uint8), r"torch.uint8 \[1, 28, 28, 3\]"),
+        (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), r"torch.uint8 \[1, 1, 28, 28\]"),
+        (torch.zeros(1, 33, 28, dtype=torch.uint8), r"torch.uint8 \[1, 33, 28, 1\]"),
+        (np.zeros((1, 28, 28), np.int64), r"torch.int64 \[1, 28, 28, 1\]"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_preprocess_of_bad_images(grey, images, got):
+    with pytest.raises(ValueError, match=r"images: expected uint8 \[N, H, W\] .* of at most 32x32, got " + got):
+        spnet.preprocess(grey, images)
+
+
+def test_preprocess_of_a_model_without_statistics(network):
+    with pytest.raises(ValueError, match="model: the mean and std of its training data are unknown"):
+        spnet.preprocess(network, torch.zeros(1, 28, 28, dtype=torch.uint8))

@@ -1,0 +1,204 @@
+"""``fast_forward`` and ``explain``: what they accept, what they refuse, and that answers are never stale."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import spnet
+from tests.conftest import settle
+
+
+def test_returns_paths(network):
+    x = torch.randn(5, 1, 32, 32)
+    logits, paths = spnet.fast_forward(network, x, return_paths=True)
+    assert logits.shape == (5, 10)
+    assert paths.decisions.shape == (5, 9)
+    assert paths.decisions.dtype == torch.bool
+    assert paths.macs.dtype == torch.int64
+    assert paths.blocks[0] == "features.stage1.0"
+    assert 0 < paths.decisions.float().mean() < 1
+    everything = torch.ones(5, 9, dtype=torch.bool)
+    _, dense = spnet.fast_forward(network, x, paths=everything, return_paths=True)
+    assert (dense.macs == dense.dense_macs).all()
+    # Two samples whose paths differ in one block differ by that block's body.
+    everything[0, 3] = False
+    _, skipped = spnet.fast_forward(network, x, paths=everything, return_paths=True)
+    block = spnet.analysis.macs.count_macs(network, (1, 32, 32)).blocks[3]
+    assert (dense.macs - skipped.macs).tolist() == [block.body, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(1, 32, 32), r"x: expected \[B, 1, 32, 32\], got \[1, 32, 32\]"),
+        (torch.zeros(2, 3, 32, 32), r"x: expected \[B, 1, 32, 32\], got \[2, 3, 32, 32\]"),
+        (torch.zeros(2, 1, 28, 28), r"x: expected \[B, 1, 32, 32\], got \[2, 1, 28, 28\]"),
+        (torch.zeros(2, 1, 32, 32, dtype=torch.float64), r"x: expected torch.float32 .* got torch.float64"),
+        (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), r"x: expected torch.float32 .* got torch.uint8"),
+        (torch.zeros(2, 1, 32, 32, device="meta"), r"x: expected device cpu .* got meta"),
+        (torch.zeros(2, 1, 32, 32, requires_grad=True), "x: requires grad"),
+    ],
+)
+@pytest.mark.parametrize("impl", ["auto", "masked", "routed"])
+def test_bad_input(network, x, message, impl):
+    with pytest.raises(ValueError, match=message):
+        spnet.fast_forward(network, x, impl=impl)
+
+
+def test_input_that_is_no_tensor(network):
+    with pytest.raises(TypeError, match="x: expected a Tensor, got list"):
+        spnet.fast_forward(network, [[1.0]])
+
+
+def test_input_on_another_device_than_the_model(network):
+    with pytest.raises(ValueError, match=r"x: expected device meta .* got cpu"):
+        spnet.fast_forward(network.to("meta"), torch.zeros(1, 1, 32, 32))
+
+
+@pytest.mark.parametrize("impl", ["auto", "masked", "routed"])
+def test_batch_of_none(network, impl):
+    logits, paths = spnet.fast_forward(network, torch.zeros(0, 1, 32, 32), impl=impl, return_paths=True)
+    assert logits.shape == (0, 10)
+    assert paths.decisions.shape == (0, 9)
+    assert paths.macs.shape == (0,)
+
+
+def test_any_memory_layout(network):
+    x = torch.randn(6, 1, 32, 32)
+    expected = spnet.fast_forward(network, x, impl="masked")
+    backing = torch.full((6, 2, 32, 64), float("nan"))
+    backing[:, :1, :, ::2] = x
+    layouts = [
+        x.contiguous(memory_format=torch.channels_last),
+        backing[:, :1, :, ::2],
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        x.flip(0).flip(0)[torch.arange(6)],
+    ]
+    for layout in layouts:
+        torch.testing.assert_close(spnet.fast_forward(network, layout), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_input_has_the_outcome_of_masked(network, value):
+    x = torch.randn(5, 1, 32, 32)
+    x[1] = value
+    x[3, 0, 4, 5] = value
+    a, paths_a = spnet.fast_forward(network, x, impl="masked", return_paths=True)
+    b, paths_b = spnet.fast_forward(network, x, impl="routed", return_paths=True)
+    assert torch.equal(paths_a.decisions, paths_b.decisions)
+    assert not a[1].isfinite().all()
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_training_mode_is_refused(network):
+    with pytest.raises(ValueError, match="the model.*call model.eval"):
+        spnet.fast_forward(network.train(), torch.zeros(1, 1, 32, 32))
+    network.eval().features.stem[1].train()
+    with pytest.raises(ValueError, match=r"features\.stem\.1"):
+        spnet.fast_forward(network, torch.zeros(1, 1, 32, 32))
+
+
+def test_model_without_routed_blocks_is_refused():
+    static = spnet.create_model("resnet20_cifar", routed=False).eval()
+    with pytest.raises(ValueError, match="expected RoutedBlocks, but SPNet contains none"):
+        spnet.fast_forward(static, torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        torch.ones(2, 8, dtype=torch.bool),
+        torch.ones(3, 9, dtype=torch.bool),
+        torch.ones(2, 9),
+        torch.ones(9, dtype=torch.bool),
+        [[True] * 9] * 2,
+    ],
+)
+def test_bad_paths(network, paths):
+    with pytest.raises(ValueError, match=r"paths: expected torch.bool \[2, 9\], got"):
+        spnet.fast_forward(network, torch.zeros(2, 1, 32, 32), paths=paths)
+
+
+def test_unknown_impl_names_the_near_match(network):
+    with pytest.raises(ValueError, match="impl: unknown 'route'; did you mean 'routed'"):
+        spnet.fast_forward(network, torch.zeros(1, 1, 32, 32), impl="route")
+
+
+def test_the_input_is_left_alone(network):
+    x = torch.randn(4, 1, 32, 32)
+    before = x.clone()
+    spnet.fast_forward(network, x)
+    assert torch.equal(x, before)
+
+
+def test_the_answer_follows_the_weights(network):
+    x = torch.randn(4, 1, 32, 32)
+    spnet.fast_forward(network, x)
+    with torch.no_grad():
+        network.heads[-1].bias += 1
+        network.features.stage2[1].router.fc2.bias[1] += 100
+    assert torch.allclose(spnet.fast_forward(network, x), spnet.fast_forward(network, x, impl="masked"), atol=1e-5)
+    network.features.stage1[1] = network.features.stage1[2]
+    with pytest.raises(RuntimeError, match="ran twice"):
+        spnet.fast_forward(network, x)
+    network.features.stage1[1] = settle(spnet.create_model("resnet20_cifar")).features.stage1[0]
+    a, pa = spnet.fast_forward(network, x, return_paths=True)
+    b, pb = spnet.fast_forward(network, x, impl="masked", return_paths=True)
+    assert torch.equal(pa.decisions, pb.decisions)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    network.load_state_dict(settle(spnet.create_model("resnet20_cifar", in_channels=1), bias=3.0).state_dict())
+    torch.testing.assert_close(
+        spnet.fast_forward(network, x), spnet.fast_forward(network, x, impl="masked"), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_two_threads_at_once(network):
+    inputs = [torch.randn(n, 1, 32, 32) for n in (3, 8)]
+    expected = [spnet.fast_forward(network, x, return_paths=True) for x in inputs]
+    failures = []
+
+    def work(i: int):
+        for _ in range(10):
+            logits, paths = spnet.fast_forward(network, inputs[i], return_paths=True)
+            if not (torch.equal(logits, expected[i][0]) and torch.equal(paths.decisions, expected[i][1].decisions)):
+                failures.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1, 0, 1)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+
+
+def test_a_compiled_model_is_unwrapped(network):
+    x = torch.randn(2, 1, 32, 32)
+    compiled = torch.compile(network, backend="eager")
+    assert torch.equal(spnet.fast_forward(compiled, x), spnet.fast_forward(network, x))
+
+
+def test_explain_names_the_choice_and_the_cost_of_each_skip(network):
+    x = torch.zeros(1, 1, 32, 32)
+    text = str(spnet.explain(network, x))
+    assert text.startswith("impl = routed")
+    assert "features.stage1.0  untouched" in text
+    assert "features.stage2.0  shortcut PadShortcut computed for every sample" in text
+    network.features.stem.register_forward_hook(lambda *a: None)
+    assert "a forward hook" in str(spnet.explain(network, x))
+    with pytest.raises(ValueError, match=r"expected \[B, 1, 32, 32\]"):
+        spnet.explain(network, torch.zeros(1, 3, 32, 32))
+
+
+def test_explain_says_that_a_block_outside_a_line_is_copied():
+    block = spnet.RoutedBlock(nn.Conv2d(4, 4, 1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)))
+    text = str(spnet.explain(nn.Sequential(block).eval(), torch.zeros(1, 4, 4, 4)))
+    assert "not a child of a RoutedSequential" in text
+    assert "not a spnet.Router" in text
+
+
+def test_build_info():
+    info = spnet.build_info()
+    assert info["torch"] == torch.__version__
+    assert info["version"] == spnet.__version__

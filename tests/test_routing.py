@@ -1,0 +1,167 @@
+"""Routers and routed blocks: the meaning that every execution must keep."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import spnet
+from spnet.routing import decide, routed_blocks, straight_through_gumbel
+
+
+def test_router_is_the_published_formula():
+    router = spnet.Router(8, width=16).eval()
+    router.bn.running_mean.normal_()
+    router.bn.running_var.uniform_(0.5, 2)
+    x = torch.randn(5, 8, 6, 7)
+    h = x.mean((2, 3)) @ router.fc1.weight.T + router.fc1.bias
+    h = (h - router.bn.running_mean) / (router.bn.running_var + router.bn.eps).sqrt()
+    expected = F.relu(h) @ router.fc2.weight.T + router.fc2.bias
+    torch.testing.assert_close(router(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_router_starts_open_for_about_85_percent():
+    assert torch.equal(spnet.Router(4).fc2.bias.data, torch.tensor([0.1, 2.0]))
+    open_share = straight_through_gumbel(torch.tensor([[0.1, 2.0]]).expand(20_000, 2)).mean().item()
+    # The binomial's standard deviation is 0.0024 around sigmoid(1.9) = 0.870.
+    assert abs(open_share - 0.870) < 0.015
+
+
+def test_router_init_std():
+    weight = spnet.Router(64, init_std=1e-3).fc2.weight
+    assert 0.5e-3 < weight.std() < 2e-3
+
+
+def test_a_tie_and_a_nan_skip():
+    z = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [float("nan"), 1.0], [0.0, float("nan")]])
+    assert decide(z).tolist() == [False, True, False, False, False]
+
+
+def test_straight_through_gumbel_is_hard_forward_and_soft_backward():
+    z = torch.randn(64, 2, requires_grad=True)
+    d = straight_through_gumbel(z)
+    assert set(d.unique().tolist()) <= {0.0, 1.0}
+    d.sum().backward()
+    assert (z.grad != 0).any()
+    # The two probabilities sum to one, so their gradients cancel.
+    torch.testing.assert_close(z.grad.sum(1), torch.zeros(64), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_router_keeps_float32_in_a_half_model(dtype):
+    model = spnet.create_model("resnet20_cifar").to(dtype).eval()
+    assert model.features.stem[0].weight.dtype == dtype
+    assert {p.dtype for b in routed_blocks(model).values() for p in b.router.parameters()} == {torch.float32}
+    x = torch.randn(3, 16, 8, 8)
+    router = routed_blocks(model)["features.stage1.0"].router
+    with torch.autocast("cpu", torch.bfloat16):
+        assert router(x.to(dtype)).dtype == torch.float32
+    torch.testing.assert_close(router(x.to(dtype)), router(x.to(dtype).float()), rtol=0, atol=0)
+
+
+def test_router_of_one_sample_in_training_uses_running_statistics():
+    router = spnet.Router(4, width=8, dropout=0.0)
+    router.bn.running_mean.normal_()
+    before = router.bn.running_mean.clone()
+    x = torch.randn(1, 4, 3, 3)
+    trained = router.train()(x)
+    torch.testing.assert_close(trained, router.eval()(x))
+    assert torch.equal(before, router.bn.running_mean)
+
+
+def _block(**kwargs):
+    return spnet.RoutedBlock(nn.Conv2d(4, 4, 3, padding=1), spnet.Router(4, 8), activation=nn.ReLU(), **kwargs)
+
+
+def test_block_in_evaluation_selects_per_sample():
+    block = _block().eval()
+    x = torch.randn(6, 4, 5, 5)
+    d = torch.tensor([True, False, True, False, False, True])
+    y = block.masked(x, decisions=d).output
+    for i in range(6):
+        torch.testing.assert_close(y[i], F.relu(x[i] + block.body(x)[i]) if d[i] else F.relu(x[i]), rtol=0, atol=0)
+
+
+def test_block_in_training_multiplies_and_passes_the_gradient_to_the_router():
+    block = _block()
+    x = torch.randn(16, 4, 5, 5)
+    routing = block.masked(x)
+    expected = F.relu(x + routing.decisions[:, None, None, None] * block.body(x))
+    torch.testing.assert_close(routing.output, expected, rtol=0, atol=0)
+    routing.output.sum().backward()
+    assert block.router.fc2.weight.grad.abs().sum() > 0
+
+
+def test_a_skipped_body_contributes_nothing_even_if_not_finite():
+    block = _block().eval()
+    nn.init.constant_(block.body.bias, float("inf"))
+    x = torch.rand(2, 4, 5, 5)
+    y = block.masked(x, decisions=torch.tensor([False, True])).output
+    assert torch.equal(y[0], x[0])
+    assert y[1].isinf().all()
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "resnet18", "resnet50"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_network_outputs(name, batch):
+    model = spnet.create_model(name, num_classes=7, in_channels=2, input_size=64)
+    x = torch.randn(batch, 2, 64, 64)
+    out = model(x)
+    stages, blocks = (3, 9) if "cifar" in name else (4, 8 if name == "resnet18" else 16)
+    assert [t.shape for t in out.stage_logits] == [(batch, 7)] * stages
+    assert out.router_logits.shape == (batch, blocks, 2)
+    assert out.decisions.shape == (batch, blocks)
+    assert sum(f.shape[1] for f in out.features) == blocks
+    assert len(out.stage_features) == stages
+    sum(t.sum() for t in out.stage_logits).backward()
+    assert model.eval()(x).shape == (batch, 7)
+
+
+def test_training_output_agrees_with_evaluation_when_all_is_open():
+    model = spnet.create_model("resnet20_cifar", router_dropout=0.0)
+    for block in routed_blocks(model).values():
+        nn.init.constant_(block.router.fc2.bias, 0.0)
+        block.router.fc2.bias.data[1] = 1e4
+    x = torch.randn(4, 3, 32, 32)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 1.0
+    with torch.no_grad():
+        model(x)
+        # Batch statistics have become the running ones, but for the n / (n - 1) of the variance.
+        trained, evaluated = model(x).stage_logits[-1], model.eval()(x)
+    torch.testing.assert_close(trained, evaluated, rtol=0.05, atol=0.05)
+
+
+def test_static_network_has_the_routed_ones_weights():
+    static = spnet.create_model("resnet20_cifar", routed=False).state_dict()
+    routed = spnet.create_model("resnet20_cifar").state_dict()
+    assert {k for k in routed if ".router." not in k} == set(static)
+
+
+def test_unknown_model_names_the_near_matches():
+    with pytest.raises(ValueError, match="unknown model 'resnet110'.*resnet110_cifar"):
+        spnet.create_model("resnet110")
+    with pytest.raises(ValueError, match="shortcut"):
+        spnet.create_model("resnet20_cifar", shortcut="option-a")
+
+
+def test_masked_forward_compiles_whole():
+    model = spnet.create_model("resnet20_cifar", in_channels=1).eval()
+    x = torch.randn(2, 1, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_run_is_seen_by_its_own_thread_alone():
+    from spnet.routing import _active_run, active
+
+    seen = []
+    with active(object()):
+        thread = threading.Thread(target=lambda: seen.append(_active_run.get()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+    assert _active_run.get() is None
