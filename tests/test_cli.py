@@ -1,0 +1,98 @@
+"""The ``spnet`` command, run as a user types it."""
+
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from spnet.cli import main
+from spnet.training.data import DATASETS
+from tests.images import write_fashion_mnist
+
+
+def run(*args: str) -> str:
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fail(*args: str) -> str:
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code != 0
+    assert "Traceback" not in result.output
+    return result.output
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of IDX files in their true format: 64 training and 32 test images of 28x28."""
+    folder = tmp_path / "data"
+    write_fashion_mnist(folder, "train", 64)
+    write_fashion_mnist(folder, "test", 32)
+    return str(folder)
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "paths", "info"])
+def test_help_shows_an_example(command):
+    assert "Example" in run(command, "--help")
+    assert f"spnet {command}" in run(command, "--help")
+
+
+def test_demo_compares_both_and_writes_the_pictures(tmp_path):
+    text = run("demo", "--out", str(tmp_path), "--repeats", "1")
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith(("masked", "routed"))}
+    assert rows["masked"][1] == rows["routed"][1]  # the same accuracy
+    assert float(rows["routed"][2]) <= 0.65 * float(rows["masked"][2])  # MMACs
+    agreement = float(re.search(r"agree: ([\d.]+)%", text)[1])
+    assert agreement >= 99.9
+    assert {p.name for p in tmp_path.iterdir()} == {"rates.png", "cost.png", "images.png"}
+
+
+def test_train_eval_paths(tmp_path, data):
+    data_set = ["--data", "fashion-mnist", "--data-root", data]
+    common = [
+        "train",
+        "--preset",
+        "cifar",
+        *data_set,
+        "--model",
+        "resnet20_cifar",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+    ]
+    static, out = str(tmp_path / "static"), str(tmp_path / "spnet")
+    run(*common, "--static", "--out", static)
+    routed = [*common, "--init", f"{static}/best", "--milestones", "1,2", "--no-amp", "--out", out]
+    text = run(*routed)
+    assert "32 samples: accuracy" in text
+    config = json.loads((tmp_path / "spnet" / "config.json").read_text())
+    assert config["milestones"] == [1, 2]
+    assert config["amp"] is False
+    assert "holds a run already" in fail(*routed)
+    assert "other settings: lr" in fail(*routed, "--lr", "1", "--resume")
+    run("train", "--config", f"{out}/config.json", "--resume")
+    text = run("eval", f"{out}/best", *data_set)
+    assert "32 samples: accuracy" in text
+    text = run("paths", f"{out}/best", *data_set, "--limit", "12", "--out", str(tmp_path / "pictures"))
+    assert text.startswith("12 samples")
+    assert (tmp_path / "pictures" / "rates.png").exists()
+
+
+def test_info():
+    text = run("info")
+    assert "cpu_level" in text
+    assert "resnet110_cifar" in text
+    text = run("info", "resnet20_cifar")
+    assert "GMAC" in text
+    assert "impl = routed" in text
+
+
+def test_errors_are_one_line():
+    assert "unknown pretrained network 'nowhere'" in fail("eval", "nowhere")
+    assert "No such option" in fail("train", "--learning-rate", "1")
+    assert "invalid literal" in fail("train", "--milestones", "1,soon")
+    assert "target_rate: expected a value in [0, 1]" in fail("train", "--target-rate", "1.5")
+    assert all(name in fail("eval", "fashion-mnist", "--data", "mnist") for name in DATASETS)
