@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "bind_walk.h"
 #include "cpu/level.h"
 #include "cpu/rows.h"
 #include "cuda/tiling.h"
@@ -150,6 +151,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("compiler") = SPNET_COMPILER;
   m.attr("cuda_status") = SPNET_CUDA_STATUS;
   bind_cpu(m);
+  bind_walk(m);
   bind_tiling(m.def_submodule("tiling"));
 #ifdef SPNET_CUDA_ARCHITECTURES
   m.attr("cuda_architectures") = SPNET_CUDA_ARCHITECTURES;

@@ -3,7 +3,9 @@
 import importlib
 
 from spnet.analysis.paths import PathStatistics, paths
-from spnet.api import Explanation, Paths, explain, fast_forward
+from spnet.api import Explanation, explain, fast_forward
+from spnet.execution.paths import Paths
+from spnet.execution.plan import LoweringError, Plan, load_plan, lower
 from spnet.models import SPNet, SPNetOutput, create_model, list_models
 from spnet.models.files import load_model, save_model
 from spnet.models.official import load_official
@@ -16,8 +18,10 @@ __version__ = build_info()["version"]
 
 __all__ = [
     "Explanation",
+    "LoweringError",
     "PathStatistics",
     "Paths",
+    "Plan",
     "ResidualBlock",
     "RoutedBlock",
     "RoutedSequential",
@@ -30,8 +34,10 @@ __all__ = [
     "fast_forward",
     "list_models",
     "load_model",
+    "load_plan",
     "load_official",
     "load_pretrained",
+    "lower",
     "paths",
     "preprocess",
     "sample_images",

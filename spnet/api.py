@@ -11,24 +11,13 @@ from torch import Tensor, nn
 
 from spnet.analysis.macs import count_macs
 from spnet.execution.masked import MaskedRun
+from spnet.execution.paths import Paths
+from spnet.execution.plan import LoweringError, Plan
 from spnet.execution.routed import RoutedRun
+from spnet.execution.walk import plan_of
 from spnet.routing import RoutedBlock, RoutedSequential, Router, active
 
-IMPLEMENTATIONS = ("masked", "routed")
-
-
-@dataclass(frozen=True)
-class Paths:
-    """The executing paths of a batch and what they cost.
-
-    Multiply-accumulates count stem, bodies, shortcuts, routers and head; a sample's cost is that of the blocks
-    it executes.
-    """
-
-    decisions: Tensor  # bool [B, L], on the device of the input: which blocks each sample executed
-    macs: Tensor  # int64 [B], multiply-accumulates of each sample
-    dense_macs: int  # multiply-accumulates of one sample that executes every block
-    blocks: tuple[str, ...]  # L names of the RoutedBlocks
+IMPLEMENTATIONS = ("masked", "routed", "walk")
 
 
 class _Scan(NamedTuple):
@@ -61,7 +50,20 @@ def _scan(model: nn.Module) -> _Scan:
     return _Scan(blocks, in_line, hooked, weight)
 
 
-def _check_input(model: nn.Module, scan: _Scan, x: Tensor) -> None:
+def _plan(model: nn.Module, impl: str) -> Plan | None:
+    """The model's plan where ``impl`` asks for one and the model fits."""
+    if impl not in ("auto", "walk"):
+        return None
+    try:
+        return plan_of(model)
+    except LoweringError as e:
+        _scan(model)  # a model that no execution takes is told so first
+        if impl == "walk":
+            raise ValueError(f"impl: 'walk' does not fit this model: {e}") from e
+        return None
+
+
+def _check_input(model: nn.Module, weight: Tensor | None, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
     if x.requires_grad and torch.is_grad_enabled():
@@ -71,11 +73,11 @@ def _check_input(model: nn.Module, scan: _Scan, x: Tensor) -> None:
         raise ValueError(f"x: expected [B, {model.in_channels}, {size}, {size}], got {list(x.shape)}")
     if x.dim() < 2:
         raise ValueError(f"x: expected a batch [B, ...], got {list(x.shape)}")
-    if scan.weight is not None:
-        if x.device != scan.weight.device:
-            raise ValueError(f"x: expected device {scan.weight.device} (the model's), got {x.device}")
-        if x.dtype != scan.weight.dtype:
-            raise ValueError(f"x: expected {scan.weight.dtype} (the model's), got {x.dtype}")
+    if weight is not None:
+        if x.device != weight.device:
+            raise ValueError(f"x: expected device {weight.device} (the model's), got {x.device}")
+        if x.dtype != weight.dtype:
+            raise ValueError(f"x: expected {weight.dtype} (the model's), got {x.dtype}")
 
 
 def _check_paths(paths: Tensor, batch: int, blocks: int, device: torch.device) -> None:
@@ -107,7 +109,9 @@ def fast_forward(
         model: any module that contains :class:`spnet.RoutedBlock`, in evaluation mode.
         x: input batch [B, ...] in the model's dtype and on its device, any memory layout; B may be 0.
         impl: "masked" computes everything and selects (the specification); "routed" gathers the samples routed
-            to each body; "auto" takes the fastest that fits. A named one runs or raises, it never falls back.
+            to each body; "walk" carries each sample through the whole network in native code; "auto" takes "walk"
+            where it fits (:func:`spnet.lower` says what does), else "routed". A named one runs or raises, it never
+            falls back.
         paths: bool [B, L], forces the decisions of the L RoutedBlocks (``Paths.blocks`` gives their order).
         return_paths: also return :class:`Paths`.
 
@@ -116,13 +120,19 @@ def fast_forward(
 
     Raises:
         ValueError: a model in training mode or without RoutedBlocks; x of another shape, dtype or device than the
-            model's, or requiring grad; paths of another shape; an unknown impl.
+            model's, or requiring grad; paths of another shape; an unknown impl, or one that does not fit.
         TypeError: x is no tensor.
     """
     _check_impl(impl)
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides the blocks from the executions
+    plan = _plan(model, impl)
+    if plan is not None:
+        _check_input(model, model.features.stem[0].weight, x)
+        if paths is not None:
+            _check_paths(paths, len(x), plan.num_blocks, x.device)
+        return plan(x, paths=paths, return_paths=return_paths)
     scan = _scan(model)
-    _check_input(model, scan, x)
+    _check_input(model, scan.weight, x)
     blocks = list(scan.blocks.values())
     if paths is not None:
         _check_paths(paths, len(x), len(blocks), x.device)
@@ -158,20 +168,23 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     """
     model = getattr(model, "_orig_mod", model)
     scan = _scan(model)
-    _check_input(model, scan, x)
+    _check_input(model, scan.weight, x)
+    try:
+        plan_of(model)
+        impl, reason = "walk", "native code carries each sample through all blocks, one sample per thread"
+    except LoweringError as e:
+        impl, reason = "routed", f"gathers the samples routed to each body; walk does not fit: {e}"
 
     def skipped(block: RoutedBlock) -> str:
-        router = "" if isinstance(block.router, Router) else "; not a spnet.Router: it reads every sample"
         if type(block.shortcut) is not nn.Identity:
-            return f"shortcut {type(block.shortcut).__name__} computed for every sample" + router
+            return f"shortcut {type(block.shortcut).__name__} computed for every sample"
+        if impl == "walk":
+            return "a branch not taken"
+        router = "" if type(block.router) is Router else "; not a spnet.Router: it reads every sample"
         if scan.hooked:
             return "copied: a forward hook on the model may keep intermediate tensors" + router
         if id(block) not in scan.in_line:
             return "copied: not a child of a RoutedSequential, so others may hold its input" + router
         return "untouched" + router
 
-    return Explanation(
-        "routed",
-        "gathers the samples routed to each body; works for every module and device",
-        {name: skipped(block) for name, block in scan.blocks.items()},
-    )
+    return Explanation(impl, reason, {name: skipped(block) for name, block in scan.blocks.items()})

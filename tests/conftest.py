@@ -6,6 +6,7 @@ from hypothesis import settings
 from torch import nn
 
 import spnet
+from spnet.routing import routed_blocks
 
 # Examples run whole networks, whose first call is slow; no deadline, and the same examples on every run.
 settings.register_profile("spnet", deadline=None, derandomize=True, max_examples=25)
@@ -37,6 +38,20 @@ def settle(model: nn.Module, bias: float = 0.0, spread: float = 1.0) -> nn.Modul
                 m.fc2.weight.normal_(0, spread, generator=generator)
                 m.fc2.bias.copy_(torch.tensor([0.0, bias]))
     return model.eval()
+
+
+def margins(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """|z_execute - z_skip| of every block, [B, L], along the masked model's paths."""
+    found = []
+    handles = [
+        b.router.register_forward_hook(lambda m, i, z: found.append((z[:, 1] - z[:, 0]).abs()))
+        for b in routed_blocks(model).values()
+    ]
+    with torch.no_grad():
+        spnet.fast_forward(model, x, impl="masked")
+    for h in handles:
+        h.remove()
+    return torch.stack(found, 1)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_returns_paths(network):
         (torch.zeros(2, 1, 32, 32, requires_grad=True), "x: requires grad"),
     ],
 )
-@pytest.mark.parametrize("impl", ["auto", "masked", "routed"])
+@pytest.mark.parametrize("impl", ["auto", "masked", "routed", "walk"])
 def test_bad_input(network, x, message, impl):
     with pytest.raises(ValueError, match=message):
         spnet.fast_forward(network, x, impl=impl)
@@ -57,7 +57,7 @@ def test_input_on_another_device_than_the_model(network):
         spnet.fast_forward(network.to("meta"), torch.zeros(1, 1, 32, 32))
 
 
-@pytest.mark.parametrize("impl", ["auto", "masked", "routed"])
+@pytest.mark.parametrize("impl", ["auto", "masked", "routed", "walk"])
 def test_batch_of_none(network, impl):
     logits, paths = spnet.fast_forward(network, torch.zeros(0, 1, 32, 32), impl=impl, return_paths=True)
     assert logits.shape == (0, 10)
@@ -65,7 +65,8 @@ def test_batch_of_none(network, impl):
     assert paths.macs.shape == (0,)
 
 
-def test_any_memory_layout(network):
+@pytest.mark.parametrize("impl", ["routed", "walk"])
+def test_any_memory_layout(network, impl):
     x = torch.randn(6, 1, 32, 32)
     expected = spnet.fast_forward(network, x, impl="masked")
     backing = torch.full((6, 2, 32, 64), float("nan"))
@@ -77,16 +78,17 @@ def test_any_memory_layout(network):
         x.flip(0).flip(0)[torch.arange(6)],
     ]
     for layout in layouts:
-        torch.testing.assert_close(spnet.fast_forward(network, layout), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(spnet.fast_forward(network, layout, impl=impl), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", ["routed", "walk"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_not_finite_input_has_the_outcome_of_masked(network, value):
+def test_not_finite_input_has_the_outcome_of_masked(network, value, impl):
     x = torch.randn(5, 1, 32, 32)
     x[1] = value
     x[3, 0, 4, 5] = value
     a, paths_a = spnet.fast_forward(network, x, impl="masked", return_paths=True)
-    b, paths_b = spnet.fast_forward(network, x, impl="routed", return_paths=True)
+    b, paths_b = spnet.fast_forward(network, x, impl=impl, return_paths=True)
     assert torch.equal(paths_a.decisions, paths_b.decisions)
     assert not a[1].isfinite().all()
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -142,7 +144,7 @@ def test_the_answer_follows_the_weights(network):
     assert torch.allclose(spnet.fast_forward(network, x), spnet.fast_forward(network, x, impl="masked"), atol=1e-5)
     network.features.stage1[1] = network.features.stage1[2]
     with pytest.raises(RuntimeError, match="ran twice"):
-        spnet.fast_forward(network, x)
+        spnet.fast_forward(network, x, impl="routed")
     network.features.stage1[1] = settle(spnet.create_model("resnet20_cifar")).features.stage1[0]
     a, pa = spnet.fast_forward(network, x, return_paths=True)
     b, pb = spnet.fast_forward(network, x, impl="masked", return_paths=True)
@@ -182,11 +184,14 @@ def test_a_compiled_model_is_unwrapped(network):
 def test_explain_names_the_choice_and_the_cost_of_each_skip(network):
     x = torch.zeros(1, 1, 32, 32)
     text = str(spnet.explain(network, x))
-    assert text.startswith("impl = routed")
-    assert "features.stage1.0  untouched" in text
+    assert text.startswith("impl = walk")
+    assert "features.stage1.0  a branch not taken" in text
     assert "features.stage2.0  shortcut PadShortcut computed for every sample" in text
     network.features.stem.register_forward_hook(lambda *a: None)
-    assert "a forward hook" in str(spnet.explain(network, x))
+    text = str(spnet.explain(network, x))
+    assert text.startswith("impl = routed")
+    assert "walk does not fit: a forward hook" in text
+    assert "features.stage1.0  copied: a forward hook" in text
     with pytest.raises(ValueError, match=r"expected \[B, 1, 32, 32\]"):
         spnet.explain(network, torch.zeros(1, 3, 32, 32))
 
@@ -194,6 +199,7 @@ def test_explain_names_the_choice_and_the_cost_of_each_skip(network):
 def test_explain_says_that_a_block_outside_a_line_is_copied():
     block = spnet.RoutedBlock(nn.Conv2d(4, 4, 1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)))
     text = str(spnet.explain(nn.Sequential(block).eval(), torch.zeros(1, 4, 4, 4)))
+    assert "walk does not fit: Sequential is not one of spnet's own networks" in text
     assert "not a child of a RoutedSequential" in text
     assert "not a spnet.Router" in text
 

@@ -41,9 +41,9 @@ def test_help_shows_an_example(command):
 
 def test_demo_compares_both_and_writes_the_pictures(tmp_path):
     text = run("demo", "--out", str(tmp_path), "--repeats", "1")
-    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith(("masked", "routed"))}
-    assert rows["masked"][1] == rows["routed"][1]  # the same accuracy
-    assert float(rows["routed"][2]) <= 0.65 * float(rows["masked"][2])  # MMACs
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith(("masked", "walk"))}
+    assert rows["masked"][1] == rows["walk"][1]  # the same accuracy
+    assert float(rows["walk"][2]) <= 0.65 * float(rows["masked"][2])  # MMACs
     agreement = float(re.search(r"agree: ([\d.]+)%", text)[1])
     assert agreement >= 99.9
     assert {p.name for p in tmp_path.iterdir()} == {"rates.png", "cost.png", "images.png"}
@@ -87,7 +87,7 @@ def test_info():
     assert "resnet110_cifar" in text
     text = run("info", "resnet20_cifar")
     assert "GMAC" in text
-    assert "impl = routed" in text
+    assert "impl = walk" in text
 
 
 def test_errors_are_one_line():

@@ -1,13 +1,30 @@
 #include "level.h"
 
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 
 namespace spnet::cpu {
 namespace {
 
+// `what` is what the name was given to.
+Level find_level(const std::string& what, const std::string& name) {
+  std::string known;
+  for (const Level candidate : levels()) {
+    if (name == level_name(candidate)) return candidate;
+    known += known.empty() ? "" : ", ";
+    known += level_name(candidate);
+  }
+  throw std::invalid_argument(what + ": expected one that this processor runs (" + known + "), got " + name);
+}
+
+Level first_level() {
+  const char* name = std::getenv("SPNET_CPU_LEVEL");
+  return name == nullptr || *name == 0 ? levels().back() : find_level("SPNET_CPU_LEVEL", name);
+}
+
 std::atomic<Level>& current() {
-  static std::atomic<Level> value{levels().back()};
+  static std::atomic<Level> value{first_level()};
   return value;
 }
 
@@ -33,16 +50,7 @@ std::vector<Level> levels() {
 Level level() { return current().load(std::memory_order_relaxed); }
 
 void set_level(const std::string& name) {
-  std::string known;
-  for (const Level candidate : levels()) {
-    if (name == level_name(candidate)) {
-      current().store(candidate, std::memory_order_relaxed);
-      return;
-    }
-    known += known.empty() ? "" : ", ";
-    known += level_name(candidate);
-  }
-  throw std::invalid_argument("level: expected one that this processor runs (" + known + "), got " + name);
+  current().store(find_level("level", name), std::memory_order_relaxed);
 }
 
 const char* level_name(Level level) {

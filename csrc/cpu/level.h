@@ -23,7 +23,8 @@ enum class Level { SPNET_FOR_EACH_LEVEL(SPNET_ENUMERATE) };
 // The levels that this processor runs, ascending.
 std::vector<Level> levels();
 
-// The level in use: the highest of levels() unless set_level chose another.
+// The level in use: the highest of levels(), unless the environment variable SPNET_CPU_LEVEL or set_level
+// chose another. Throws std::invalid_argument while the variable names a level that is not one of levels().
 Level level();
 
 // Chooses one of levels() for the whole process, for tests and measurements.

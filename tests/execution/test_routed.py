@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import spnet
 from spnet.models.resnet import PadShortcut
 from spnet.routing import routed_blocks
-from tests.conftest import settle
+from tests.conftest import margins, settle
 
 
 class _ViewShortcut(nn.Module):
@@ -97,24 +97,10 @@ def networks(draw) -> nn.Module:
     return settle(model)
 
 
-def _margins(model: nn.Module, x: Tensor) -> Tensor:
-    """|z_execute - z_skip| of every block, [B, L], along the masked model's paths."""
-    margins = []
-    handles = [
-        b.router.register_forward_hook(lambda m, i, z: margins.append((z[:, 1] - z[:, 0]).abs()))
-        for b in routed_blocks(model).values()
-    ]
-    with torch.no_grad():
-        spnet.fast_forward(model, x, impl="masked")
-    for h in handles:
-        h.remove()
-    return torch.stack(margins, 1)
-
-
 def _check(model: nn.Module, x: Tensor) -> None:
     expected, masked = spnet.fast_forward(model, x, impl="masked", return_paths=True)
     got, routed = spnet.fast_forward(model, x, impl="routed", return_paths=True)
-    clear = (_margins(model, x) > 1e-3).all(1)
+    clear = (margins(model, x) > 1e-3).all(1)
     assert torch.equal(masked.decisions[clear], routed.decisions[clear])
     same = (masked.decisions == routed.decisions).all(1)
     scale = expected.abs().max().clamp(min=1e-6) if len(x) else 1

@@ -1,0 +1,125 @@
+// Compiled once per level (see level.h).
+#include "conv.h"
+
+#include <utility>
+
+#include "vec.h"
+
+namespace spnet::cpu::SPNET_LEVEL {
+namespace {
+
+// Accumulators are registers: pixels of a tile times vectors of output channels, beside the weights and one
+// broadcast pixel.
+constexpr int kGroup = 2;
+#if defined(__AVX512F__)
+constexpr int kMaxPixels[] = {16, 8};  // of 32 registers; [vectors - 1]
+#elif defined(__AVX2__)
+constexpr int kMaxPixels[] = {12, 6};  // of 16 registers
+#else
+constexpr int kMaxPixels[] = {8, 4};  // of 16 registers, with products that need one
+#endif
+
+// One tile of a row. Every pixel is summed in the same order wherever the tile begins, and the row's sums are
+// taken pixel by pixel, so that no result depends on the tiling.
+template <int kPixels, int kVectors, int kStride>
+void conv_tile(const Conv& conv, const Element* in, const float* weight, const float* bias, Element* out,
+               float* sums, bool first) {
+  Vec acc[kPixels][kVectors];
+#pragma GCC unroll 16
+  for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) acc[p][v] = load(bias + v * kLanes);
+  }
+  for (int64_t left = conv.cin; left > 0; left -= kLanes, in += conv.in.plane) {
+    const int64_t channels = left < kLanes ? left : kLanes;
+    for (int64_t ky = 0; ky < conv.kernel; ++ky) {
+      for (int64_t kx = 0; kx < conv.kernel; ++kx) {
+        const Element* pixel = in + ky * conv.in.row + kx * kLanes;
+        for (int64_t c = 0; c < channels;
+             c += kWordChannels, pixel += kWordChannels, weight += kVectors * kLanes) {
+          Vec w[kVectors];
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * kLanes);
+#pragma GCC unroll 16
+          for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) {
+              acc[p][v] = add_products(acc[p][v], pixel + p * kStride * kLanes, w[v]);
+            }
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    Element* to = out + v * conv.out.plane;
+    Vec sum = first || sums == nullptr ? Vec{} : load(sums + v * kLanes);
+#pragma GCC unroll 16
+    for (int p = 0; p < kPixels; ++p) {
+      Vec y = acc[p][v];
+      if (conv.residual) y += load_elements(to + p * kLanes);
+      if (conv.relu) y = relu(y);
+      store_elements(to + p * kLanes, y);
+      sum += y;
+    }
+    if (sums != nullptr) store(sums + v * kLanes, sum);
+  }
+}
+
+using ConvTile = decltype(&conv_tile<1, 1, 1>);
+
+template <int kVectors, int kStride>
+struct Tiles {
+  ConvTile of_pixels[kMaxPixels[kVectors - 1]];
+};
+
+template <int kVectors, int kStride, int... kPixels>
+constexpr Tiles<kVectors, kStride> make_tiles(std::integer_sequence<int, kPixels...>) {
+  return {{conv_tile<kPixels + 1, kVectors, kStride>...}};
+}
+
+template <int kVectors, int kStride>
+constexpr Tiles<kVectors, kStride> kTiles =
+    make_tiles<kVectors, kStride>(std::make_integer_sequence<int, kMaxPixels[kVectors - 1]>());
+
+const ConvTile* tiles(int64_t vectors, int64_t stride) {
+  if (vectors == 1) return stride == 1 ? kTiles<1, 1>.of_pixels : kTiles<1, 2>.of_pixels;
+  return stride == 1 ? kTiles<2, 1>.of_pixels : kTiles<2, 2>.of_pixels;
+}
+
+int64_t units(const Conv& conv) { return (conv.vectors + kGroup - 1) / kGroup * conv.height; }
+
+void run(const Conv& conv, int64_t begin, int64_t end) {
+  const int64_t words = (conv.cin + kWordChannels - 1) / kWordChannels;
+  const int64_t group_weights = words * conv.kernel * conv.kernel * kGroup * kLanes;
+  int64_t group = begin / conv.height;
+  int64_t y = begin - group * conv.height;
+  for (int64_t unit = begin; unit < end; ++group, y = 0) {
+    const int64_t vector = group * kGroup;
+    const int64_t vectors = conv.vectors - vector < kGroup ? conv.vectors - vector : kGroup;
+    const ConvTile* tile = tiles(vectors, conv.stride);
+    const int64_t most = kMaxPixels[vectors - 1];
+    const int64_t count = (conv.width + most - 1) / most;
+    const int64_t pixels = conv.width / count, longer = conv.width % count;
+    const float* weight = static_cast<const float*>(conv.weight) + group * group_weights;
+    const float* bias = conv.bias + vector * kLanes;
+    for (; y < conv.height && unit < end; ++y, ++unit) {
+      const Element* in = static_cast<const Element*>(conv.in.data) + y * conv.stride * conv.in.row;
+      Element* out = static_cast<Element*>(conv.out.data) + y * conv.out.row + vector * conv.out.plane;
+      float* sums = conv.row_sums == nullptr ? nullptr : conv.row_sums + (y * conv.vectors + vector) * kLanes;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t n = pixels + (i < longer);
+        tile[n - 1](conv, in, weight, bias, out, sums, i == 0);
+        in += n * conv.stride * kLanes;
+        out += n * kLanes;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const ConvFunctions conv_functions = {kLanes, kGroup, kWordChannels, units, run};
+
+}  // namespace spnet::cpu::SPNET_LEVEL

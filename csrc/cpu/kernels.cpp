@@ -1,0 +1,38 @@
+#include "kernels.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace spnet::cpu {
+
+bool has_bfloat16() {
+#ifdef SPNET_BFLOAT16_KERNELS
+  return level() == Level::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+Kernels kernels(Precision precision) {
+  if (precision == Precision::bfloat16) {
+    if (!has_bfloat16()) {
+      throw std::invalid_argument(
+          std::string("precision: bfloat16 needs a processor with AVX512_BF16, a compiler that knows it and "
+                      "level avx512, got level ") +
+          level_name(level()));
+    }
+#ifdef SPNET_BFLOAT16_KERNELS
+    return {avx512_bf16::conv_functions, avx512_bf16::walk_ops, avx512_bf16::fma_loop};
+#endif
+  }
+  switch (level()) {
+#define SPNET_CASE(name) \
+  case Level::name:      \
+    return {name::conv_functions, name::walk_ops, name::fma_loop};
+    SPNET_FOR_EACH_LEVEL(SPNET_CASE)
+#undef SPNET_CASE
+  }
+  throw std::logic_error("unknown level");
+}
+
+}  // namespace spnet::cpu

@@ -1,0 +1,160 @@
+#include "packed_plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+#include "bfloat16.h"
+
+namespace spnet::cpu {
+namespace {
+
+constexpr int64_t kLineBytes = 64;
+
+int64_t whole_lines(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
+
+}  // namespace
+
+AlignedFloats::AlignedFloats(int64_t size) {
+  const int64_t bytes = whole_lines(std::max<int64_t>(size, 1) * sizeof(float));
+  data_.reset(static_cast<float*>(std::aligned_alloc(kLineBytes, bytes)));
+  if (!data_) throw std::bad_alloc();
+  std::memset(data_.get(), 0, bytes);
+}
+
+PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t n_floats,
+                       Precision precision)
+    : plan(read_plan(ints, n_ints, floats, n_floats)),
+      level(cpu::level()),
+      precision(precision),
+      conv(kernels(precision).conv),
+      ops(kernels(precision).ops) {
+  stem = pack(floats, plan.stem, 3);
+  for (const PlanBlock& shape : plan.blocks) {
+    PackedBlock block{};
+    block.shape = shape;
+    block.conv1 = pack(floats, shape.conv1, 3);
+    block.conv2 = pack(floats, shape.conv2, 3);
+    if (shape.shortcut == Shortcut::projection) block.projection = pack(floats, shape.projection, 1);
+    const PlanRouter& router = shape.router;
+    block.router = {pack_linear_weight(floats + router.weight1, router.width, router.cin),
+                    pack_vector(floats + router.bias1, router.width), router.cin, router.width};
+    block.router_weight2 = pack_vector(floats + router.weight2, router.width);
+    block.router_bias2 = floats[router.bias2];
+    blocks.push_back(block);
+  }
+  head = {pack_linear_weight(floats + plan.head.weight, plan.head.cout, plan.head.cin),
+          pack_vector(floats + plan.head.bias, plan.head.cout), plan.head.cin, plan.head.cout};
+  measure();
+}
+
+PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape, int64_t kernel) {
+  return {pack_conv_weight(floats + shape.weight, shape.cout, shape.cin, kernel),
+          pack_vector(floats + shape.bias, shape.cout), shape.cin, vectors(shape.cout), kernel};
+}
+
+const void* PackedPlan::pack_conv_weight(const float* weight, int64_t cout, int64_t cin, int64_t kernel) {
+  const int64_t lanes = conv.lanes, taps = kernel * kernel, step = conv.word_channels;
+  packed_.emplace_back(vectors(cout) * lanes * ((cin + step - 1) / step) * taps);
+  float* to = packed_.back().get();
+  for (int64_t vector = 0; vector < vectors(cout); vector += conv.group) {
+    const int64_t first = vector * lanes;
+    const int64_t n = std::min<int64_t>(conv.group, vectors(cout) - vector) * lanes;
+    for (int64_t block = 0; block < cin; block += lanes) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t c = block; c < std::min(block + lanes, cin); c += step, to += n) {
+          for (int64_t lane = 0; lane < std::min(n, cout - first); ++lane) {
+            const float* channels = weight + ((first + lane) * cin + c) * taps + tap;
+            if (precision == Precision::float32) {
+              to[lane] = *channels;
+            } else {
+              const uint16_t pair[] = {to_bfloat16(*channels),
+                                       c + 1 < cin ? to_bfloat16(channels[taps]) : uint16_t{0}};
+              std::memcpy(to + lane, pair, sizeof(pair));
+            }
+          }
+        }
+      }
+    }
+  }
+  return packed_.back().get();
+}
+
+const float* PackedPlan::pack_vector(const float* values, int64_t n) {
+  packed_.emplace_back(vectors(n) * conv.lanes);
+  std::copy(values, values + n, packed_.back().get());
+  return packed_.back().get();
+}
+
+const float* PackedPlan::pack_linear_weight(const float* weight, int64_t outputs, int64_t inputs) {
+  const int64_t lanes = conv.lanes;
+  packed_.emplace_back(vectors(outputs) * lanes * inputs);
+  float* to = packed_.back().get();
+  for (int64_t o = 0; o < outputs; ++o) {
+    float* column = to + o / lanes * lanes * inputs + o % lanes;
+    for (int64_t i = 0; i < inputs; ++i) column[i * lanes] = weight[o * inputs + i];
+  }
+  return to;
+}
+
+void PackedPlan::measure() {
+  const auto grow = [](int64_t& bytes, int64_t elements, int64_t element_bytes) {
+    bytes = std::max(bytes, whole_lines(elements * element_bytes));
+  };
+  const auto map = [&](int64_t& bytes, int64_t channels, int64_t height, int64_t width) {
+    grow(bytes, vectors(channels) * conv.lanes * (height + 2) * (width + 2), element_bytes());
+  };
+  const auto state = [&](int64_t channels, int64_t height, int64_t width) {
+    map(state_bytes_, channels, height, width);
+    grow(sums_bytes_, vectors(channels) * conv.lanes * height, sizeof(float));
+    grow(pooled_bytes_, vectors(channels) * conv.lanes, sizeof(float));
+  };
+  map(middle_bytes_, plan.in_channels, plan.in_height, plan.in_width);
+  state(plan.stem.cout, plan.in_height, plan.in_width);
+  for (const PlanBlock& block : plan.blocks) {
+    map(middle_bytes_, block.conv1.cout, block.out_height, block.out_width);
+    grow(hidden_bytes_, block.router.width, sizeof(float));
+    state(block.conv2.cout, block.out_height, block.out_width);
+  }
+}
+
+int64_t PackedPlan::workspace_bytes() const {
+  return 2 * state_bytes_ + middle_bytes_ + sums_bytes_ + pooled_bytes_ + hidden_bytes_;
+}
+
+std::unique_ptr<Workspace> PackedPlan::make_workspace() const {
+  std::unique_ptr<Workspace> result(
+      new Workspace{AlignedFloats(workspace_bytes() / sizeof(float)), {}, {}, {}, {}, {}, {}});
+  float* next = result->memory.get();
+  const auto take = [&](int64_t bytes) { return std::exchange(next, next + bytes / sizeof(float)); };
+  result->state.data = take(state_bytes_);
+  result->spare.data = take(state_bytes_);
+  result->middle.data = take(middle_bytes_);
+  result->row_sums = take(sums_bytes_);
+  result->pooled = take(pooled_bytes_);
+  result->hidden = take(hidden_bytes_);
+  return result;
+}
+
+std::vector<std::unique_ptr<Workspace>> PackedPlan::take_workspaces(int64_t count) const {
+  std::vector<std::unique_ptr<Workspace>> result;
+  result.reserve(count);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    while (static_cast<int64_t>(result.size()) < count && !idle_.empty()) {
+      result.push_back(std::move(idle_.back()));
+      idle_.pop_back();
+    }
+  }
+  while (static_cast<int64_t>(result.size()) < count) result.push_back(make_workspace());
+  return result;
+}
+
+void PackedPlan::give_back(std::vector<std::unique_ptr<Workspace>> workspaces) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& workspace : workspaces) idle_.push_back(std::move(workspace));
+}
+
+}  // namespace spnet::cpu

@@ -1,0 +1,87 @@
+#include "speed.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <deque>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "packed_plan.h"
+#include "pool.h"
+
+namespace spnet::cpu {
+namespace {
+
+// Each thread repeats work(), whose operations are `flops`, for `seconds`; the sum of their best spans, so
+// that whatever else the machine does counts little.
+template <class MakeWork>
+double measure(int threads, double seconds, double flops, MakeWork make_work) {
+  using Clock = std::chrono::steady_clock;
+  std::mutex mutex;
+  double total = 0;
+  parallel_for(threads, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      auto work = make_work();
+      double best = 0;
+      const auto start = Clock::now();
+      for (auto now = start; std::chrono::duration<double>(now - start).count() < seconds;) {
+        const auto before = Clock::now();
+        work();
+        now = Clock::now();
+        best = std::max(best, flops / std::chrono::duration<double>(now - before).count());
+      }
+      std::lock_guard<std::mutex> lock(mutex);
+      total += best;
+    }
+  });
+  return total / 1e9;
+}
+
+}  // namespace
+
+double fma_gflops(int threads, double seconds, Precision precision) {
+  constexpr int64_t kRepetitions = 20'000;
+  const FmaLoop& loop = kernels(precision).fma_loop;
+  volatile float sink = 0;
+  return measure(threads, seconds, loop.flops * kRepetitions,
+                 [&] { return [&] { sink = loop.run(kRepetitions); }; });
+}
+
+double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads, double seconds,
+                   Precision precision) {
+  if (channels < 1 || height < 1 || width < 1 || threads < 1) {
+    throw std::invalid_argument("conv_gflops: expected sizes and threads of 1 or more");
+  }
+  const ConvFunctions& functions = kernels(precision).conv;
+  const int64_t vectors = (channels + functions.lanes - 1) / functions.lanes;
+  const int64_t row = (width + 2) * functions.lanes, plane = (height + 2) * row;
+  const int64_t pixel_floats = functions.lanes / functions.word_channels;
+  const int64_t words = (channels + functions.word_channels - 1) / functions.word_channels;
+  const AlignedFloats weight(vectors * functions.lanes * words * 9), bias(vectors * functions.lanes);
+  std::deque<AlignedFloats> maps;
+  for (int i = 0; i < 2 * threads; ++i)
+    maps.emplace_back(vectors * (height + 2) * (width + 2) * pixel_floats);
+  std::atomic<int> next{0};
+  return measure(threads, seconds, 18.0 * channels * channels * height * width, [&] {
+    const int i = next.fetch_add(2);
+    float* const out = maps[i + 1].get() + (width + 3) * pixel_floats;
+    Conv conv{};
+    conv.in = {maps[i].get(), row, plane};
+    conv.out = {out, row, plane};
+    conv.weight = weight.get();
+    conv.bias = bias.get();
+    conv.cin = channels;
+    conv.kernel = 3;
+    conv.stride = 1;
+    conv.height = height;
+    conv.width = width;
+    conv.vectors = vectors;
+    conv.residual = conv.relu = true;
+    return [conv, &functions] { functions.run(conv, 0, functions.units(conv)); };
+  });
+}
+
+}  // namespace spnet::cpu

@@ -1,0 +1,68 @@
+// Vectors of the level's register width, and the elements of feature maps. For sources compiled once per
+// level (see level.h).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#ifdef SPNET_BFLOAT16
+#include <immintrin.h>
+#endif
+
+namespace spnet::cpu::SPNET_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using Vec = float __attribute__((vector_size(4 * kLanes)));
+
+inline Vec load(const float* from) {
+  Vec value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(value)); }
+
+// Keeps NaN.
+inline Vec relu(Vec x) { return x < Vec{} ? Vec{} : x; }
+
+// Convolutions read maps and weights in words of 4 bytes: one float32 channel, or two bfloat16 channels whose
+// products are added by one instruction.
+#ifndef SPNET_BFLOAT16
+using Element = float;
+constexpr int kWordChannels = 1;
+
+inline Vec add_products(Vec sum, const float* word, Vec weights) { return sum + *word * weights; }
+inline Vec load_elements(const float* from) { return load(from); }
+inline void store_elements(float* to, Vec value) { store(to, value); }
+#else
+using Element = uint16_t;
+constexpr int kWordChannels = 2;
+
+inline Vec add_products(Vec sum, const uint16_t* word, Vec weights) {
+  int pair;
+  std::memcpy(&pair, word, sizeof(pair));
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)weights);
+}
+
+inline Vec load_elements(const uint16_t* from) {
+  using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
+  uint16_t __attribute__((vector_size(2 * kLanes))) halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return (Vec)(__builtin_convertvector(halves, Words) << 16);
+}
+
+inline void store_elements(uint16_t* to, Vec value) {
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+  std::memcpy(to, &halves, sizeof(halves));
+}
+#endif
+
+}  // namespace
+}  // namespace spnet::cpu::SPNET_LEVEL

@@ -1,0 +1,286 @@
+#include "walk.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bfloat16.h"
+#include "pool.h"
+#include "team.h"
+
+namespace spnet::cpu {
+namespace {
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument("walk: " + message);
+}
+
+// One channel of a row of pixels, with zeros in the rest of its word where it has no partner.
+template <int kWordChannels, class Convert>
+void put_channel(const float* from, int64_t step, int64_t width, int64_t lanes, void* to, Convert convert) {
+  using Element = decltype(convert(0.f));
+  Element word[kWordChannels] = {};
+  char* place = static_cast<char*>(to);
+  for (int64_t i = 0; i < width; ++i, place += lanes * sizeof(Element)) {
+    word[0] = convert(from[i * step]);
+    std::memcpy(place, word, sizeof(word));
+  }
+}
+
+// The samples of a batch and the threads that work on them.
+class Crew {
+ public:
+  explicit Crew(int64_t samples, int64_t threads)
+      : samples_(samples), drivers_(std::min(samples, threads)), teams_(drivers_) {}
+
+  int64_t drivers() const { return drivers_; }
+
+  // Takes the next sample; -1 if there is none.
+  int64_t next() {
+    const int64_t sample = next_.fetch_add(1, std::memory_order_relaxed);
+    return sample < samples_ ? sample : -1;
+  }
+
+  // A number of its own, below drivers(), for each thread that has a sample.
+  int64_t join() { return joined_.fetch_add(1, std::memory_order_relaxed); }
+
+  void finish() { finished_.fetch_add(1, std::memory_order_release); }
+
+  // Calls function on ranges that cover [0, units), with the threads that have no sample of their own.
+  template <class Function>
+  void share(int64_t driver, int64_t units, const Function& function) {
+    const int64_t idle = idle_.load(std::memory_order_relaxed);
+    if (idle == 0) {
+      function(int64_t{0}, units);
+      return;
+    }
+    const int64_t active = samples_ - finished_.load(std::memory_order_relaxed);  // this one, at least
+    teams_[driver].run(units, 1 + (idle + active - 1) / active, function);
+  }
+
+  // By a thread that found no sample: helps the others until all have finished.
+  void help() {
+    const int64_t number = idle_.fetch_add(1, std::memory_order_relaxed);
+    const int64_t first = number % drivers_;
+    const int preferred = static_cast<int>(std::min<int64_t>(1 + number / drivers_, Team::kMaxParts - 1));
+    for (Spin spin; finished_.load(std::memory_order_acquire) < samples_;) {
+      bool helped = false;
+      for (int64_t i = 0; i < drivers_ && !helped; ++i) {
+        helped = teams_[(first + i) % drivers_].help(preferred);
+      }
+      if (helped) {
+        spin = Spin();
+      } else {
+        spin.wait();
+      }
+    }
+  }
+
+ private:
+  const int64_t samples_, drivers_;
+  std::vector<Team> teams_;
+  alignas(64) std::atomic<int64_t> next_{0};
+  std::atomic<int64_t> joined_{0};
+  alignas(64) std::atomic<int64_t> finished_{0};
+  std::atomic<int64_t> idle_{0};
+};
+
+// One sample on its way through the blocks.
+class Walk {
+ public:
+  Walk(const PackedPlan& plan, Workspace& workspace, Crew& crew, int64_t driver)
+      : plan_(plan), lanes_(plan.conv.lanes), w_(workspace), crew_(crew), driver_(driver) {}
+
+  void run(const WalkBatch& batch, int64_t sample) {
+    const int64_t n_blocks = plan_.blocks.size();
+    const uint8_t* path = batch.paths == nullptr ? nullptr : batch.paths + sample * n_blocks;
+    uint8_t* decisions = batch.decisions + sample * n_blocks;
+    load(batch, batch.x + sample * batch.stride_n);
+    shape(w_.state, plan_.stem.vectors, plan_.plan.in_height, plan_.plan.in_width);
+    run_conv(plan_.stem, 1, w_.middle, w_.state, false, true, true);
+    pooled_ = false;
+    for (int64_t i = 0; i < n_blocks; ++i) {
+      const PackedBlock& block = plan_.blocks[i];
+      decisions[i] = path == nullptr ? decide(block, batch.threshold) : path[i] != 0;
+      run_block(block, decisions[i]);
+    }
+    pool();
+    plan_.ops.linear(plan_.head, w_.pooled, batch.logits + sample * plan_.plan.num_classes);
+  }
+
+ private:
+  int64_t row(const MapBuffer& map) const { return (map.width + 2) * lanes_; }
+  int64_t plane(const MapBuffer& map) const { return (map.height + 2) * row(map); }
+  char* at(const MapView& map, int64_t element) const {
+    return static_cast<char*>(map.data) + element * plan_.element_bytes();
+  }
+
+  MapView whole(const MapBuffer& map) const { return {map.data, row(map), plane(map)}; }
+
+  // Begins at pixel (0, 0), one row and one pixel behind the halo's first.
+  MapView inside(const MapBuffer& map) const {
+    return {at(whole(map), row(map) + lanes_), row(map), plane(map)};
+  }
+
+  // The halo stays zero while maps of the same shape are written, for whatever writes them writes inside it.
+  void shape(MapBuffer& map, int64_t vectors, int64_t height, int64_t width) const {
+    if (map.vectors == vectors && map.height == height && map.width == width) return;
+    map.vectors = vectors;
+    map.height = height;
+    map.width = width;
+    const MapView view = whole(map);
+    const auto clear = [&](int64_t element, int64_t n) {
+      std::memset(at(view, element), 0, n * plan_.element_bytes());
+    };
+    for (int64_t begin = 0; begin < vectors * view.plane; begin += view.plane) {
+      clear(begin, view.row);
+      for (int64_t y = 1; y <= height; ++y) {
+        clear(begin + y * view.row, lanes_);
+        clear(begin + (y + 1) * view.row - lanes_, lanes_);
+      }
+      clear(begin + (height + 1) * view.row, view.row);
+    }
+  }
+
+  template <class Function>
+  void share(int64_t units, const Function& function) const {
+    crew_.share(driver_, units, function);
+  }
+
+  void load(const WalkBatch& batch, const float* x) const {
+    const Plan& plan = plan_.plan;
+    shape(w_.middle, (plan.in_channels + lanes_ - 1) / lanes_, plan.in_height, plan.in_width);
+    const MapView map = inside(w_.middle);
+    share(plan.in_height, [&](int64_t begin, int64_t end) {
+      for (int64_t y = begin; y < end; ++y) {
+        for (int64_t c = 0; c < plan.in_channels; ++c) {
+          const float* from = x + c * batch.stride_c + y * batch.stride_h;
+          char* to = at(map, c / lanes_ * map.plane + y * map.row + c % lanes_);
+          if (plan_.precision == Precision::float32) {
+            put_channel<1>(from, batch.stride_w, plan.in_width, lanes_, to,
+                           [](float value) { return value; });
+          } else if (c % 2 == 0 && c + 1 == plan.in_channels) {
+            put_channel<2>(from, batch.stride_w, plan.in_width, lanes_, to, to_bfloat16);
+          } else {
+            put_channel<1>(from, batch.stride_w, plan.in_width, lanes_, to, to_bfloat16);
+          }
+        }
+      }
+    });
+  }
+
+  void run_conv(const PackedConv& conv, int64_t stride, const MapBuffer& in, const MapBuffer& out,
+                bool residual, bool relu, bool sums) const {
+    Conv work{};
+    work.in = conv.kernel == 3 ? whole(in) : inside(in);
+    work.out = inside(out);
+    work.weight = conv.weight;
+    work.bias = conv.bias;
+    work.cin = conv.cin;
+    work.kernel = conv.kernel;
+    work.stride = stride;
+    work.height = out.height;
+    work.width = out.width;
+    work.vectors = conv.vectors;
+    work.residual = residual;
+    work.relu = relu;
+    work.row_sums = sums ? w_.row_sums : nullptr;
+    share(plan_.conv.units(work),
+          [work, run = plan_.conv.run](int64_t begin, int64_t end) { run(work, begin, end); });
+  }
+
+  // Its output needs no ReLU: a map that is padded holds nothing negative.
+  void run_pad(const PlanBlock& block, const MapBuffer& in, const MapBuffer& out, bool sums) const {
+    PadShortcut work{};
+    work.in = inside(in);
+    work.out = inside(out);
+    work.cin = block.conv1.cin;
+    work.cout = block.conv2.cout;
+    work.pad_before = block.pad_before;
+    work.stride = block.stride;
+    work.height = out.height;
+    work.width = out.width;
+    work.row_sums = sums ? w_.row_sums : nullptr;
+    share(out.height,
+          [work, run = plan_.ops.pad_shortcut](int64_t begin, int64_t end) { run(work, begin, end); });
+  }
+
+  void pool() {
+    if (pooled_) return;
+    const MapBuffer& map = w_.state;
+    plan_.ops.pool(w_.row_sums, map.height, map.vectors, map.height * map.width, w_.pooled);
+    pooled_ = true;
+  }
+
+  bool decide(const PackedBlock& block, float threshold) {
+    pool();
+    plan_.ops.linear(block.router, w_.pooled, w_.hidden);
+    return plan_.ops.margin(w_.hidden, block.router_weight2, block.router_bias2, block.router.outputs) >
+           threshold;
+  }
+
+  void run_block(const PackedBlock& block, bool execute) {
+    const PlanBlock& size = block.shape;
+    const bool identity = size.shortcut == Shortcut::identity;
+    if (identity && !execute) return;
+    pooled_ = false;
+    if (!identity) {
+      shape(w_.spare, block.conv2.vectors, size.out_height, size.out_width);
+      if (size.shortcut == Shortcut::pad) {
+        run_pad(size, w_.state, w_.spare, !execute);
+      } else {
+        run_conv(block.projection, size.stride, w_.state, w_.spare, false, !execute, !execute);
+      }
+    }
+    if (execute) {
+      shape(w_.middle, block.conv1.vectors, size.out_height, size.out_width);
+      run_conv(block.conv1, size.stride, w_.state, w_.middle, false, true, false);
+      run_conv(block.conv2, 1, w_.middle, identity ? w_.state : w_.spare, true, true, true);
+    }
+    if (!identity) std::swap(w_.state, w_.spare);
+  }
+
+  const PackedPlan& plan_;
+  const int64_t lanes_;
+  Workspace& w_;
+  Crew& crew_;
+  const int64_t driver_;
+  bool pooled_ = false;  // w_.pooled is that of w_.state
+};
+
+}  // namespace
+
+void walk(const PackedPlan& plan, const WalkBatch& batch, int threads) {
+  require(batch.size >= 0, "batch: expected 0 or more, got " + std::to_string(batch.size));
+  require(threads >= 1, "threads: expected 1 or more, got " + std::to_string(threads));
+  if (batch.size == 0) return;
+  require(batch.x != nullptr, "x: null pointer");
+  require(batch.logits != nullptr, "logits: null pointer");
+  require(batch.decisions != nullptr || plan.blocks.empty(), "decisions: null pointer");
+  // Threads beyond what all teams can use would only wait.
+  const int64_t workers = threads / Team::kMaxParts < batch.size ? threads : batch.size * Team::kMaxParts;
+  Crew crew(batch.size, workers);
+  std::vector<std::unique_ptr<Workspace>> workspaces = plan.take_workspaces(crew.drivers());
+  // Each range is a worker. The first to come take the samples.
+  parallel_for(workers, 1, static_cast<int>(workers), [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      int64_t sample = crew.next();
+      if (sample >= 0) {
+        const int64_t driver = crew.join();
+        Walk walk(plan, *workspaces[driver], crew, driver);
+        for (; sample >= 0; sample = crew.next()) {
+          walk.run(batch, sample);
+          crew.finish();
+        }
+      }
+      crew.help();
+    }
+  });
+  plan.give_back(std::move(workspaces));
+}
+
+}  // namespace spnet::cpu

@@ -1,0 +1,46 @@
+// What a walk computes beside its convolutions: shortcuts without weights, pooling, routers, the head.
+#pragma once
+
+#include <cstdint>
+
+#include "conv.h"
+#include "level.h"
+
+namespace spnet::cpu {
+
+// Every stride-th pixel with zeros around its channels.
+struct PadShortcut {
+  MapView in, out;  // data: pixel (0, 0)
+  int64_t cin, cout, pad_before, stride;
+  int64_t height, width;  // of the output
+  float* row_sums;        // as in Conv
+};
+
+// out = W in + b; the weight is stored as [vectors of outputs][inputs][lanes].
+struct Linear {
+  const float* weight;
+  const float* bias;
+  int64_t inputs, outputs;
+};
+
+struct WalkOps {
+  void (*pad_shortcut)(const PadShortcut& pad, int64_t row_begin, int64_t row_end);
+
+  // pooled [vectors * lanes] = the sum of row_sums over its rows, from top to bottom, divided by `pixels`.
+  void (*pool)(const float* row_sums, int64_t height, int64_t vectors, int64_t pixels, float* pooled);
+
+  void (*linear)(const Linear& linear, const float* in, float* out);
+
+  // w . ReLU(hidden) + bias
+  float (*margin)(const float* hidden, const float* w, float bias, int64_t width);
+};
+
+#define SPNET_DECLARE(level)     \
+  namespace level {              \
+  extern const WalkOps walk_ops; \
+  }
+SPNET_FOR_EACH_LEVEL(SPNET_DECLARE)
+SPNET_DECLARE(avx512_bf16)
+#undef SPNET_DECLARE
+
+}  // namespace spnet::cpu

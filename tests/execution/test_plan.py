@@ -1,0 +1,175 @@
+"""Plans: what fits, what is said of what does not, and files that are whole or refused."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import spnet
+from tests.conftest import settle
+
+
+def _small(**options):
+    options = dict(num_classes=5, input_size=12, in_channels=2) | options
+    return settle(spnet.models.SPNet([2, 2], [6, 10], **options))
+
+
+def test_a_plan_answers_like_its_model(network):
+    x = torch.randn(5, 1, 32, 32)
+    plan = spnet.lower(network)
+    assert plan.input_shape == (1, 32, 32)
+    logits, paths = plan(x, return_paths=True)
+    expected, masked = spnet.fast_forward(network, x, impl="masked", return_paths=True)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert torch.equal(paths.decisions, masked.decisions)
+    assert torch.equal(paths.macs, masked.macs)
+    assert paths.dense_macs == masked.dense_macs
+    assert paths.blocks == masked.blocks
+    assert torch.equal(plan(x), logits)
+
+
+def test_a_plan_keeps_its_weights(network):
+    x = torch.randn(2, 1, 32, 32)
+    plan = spnet.lower(network)
+    before = plan(x)
+    with torch.no_grad():
+        network.heads[-1].bias += 1
+    assert torch.equal(plan(x), before)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 3, 32, 32), r"x: expected torch.float32 \[B, 1, 32, 32\] on cpu, got torch.float32 \[2, 3,"),
+        (torch.zeros(1, 32, 32), r"x: expected"),
+        (torch.zeros(2, 1, 32, 32, dtype=torch.float64), r"got torch.float64"),
+        (torch.zeros(2, 1, 32, 32, device="meta"), r"on meta"),
+    ],
+)
+def test_bad_input(network, x, message):
+    with pytest.raises(ValueError, match=message):
+        spnet.lower(network)(x)
+
+
+def test_bad_paths(network):
+    with pytest.raises(ValueError, match=r"paths: expected torch.bool \[2, 9\]"):
+        spnet.lower(network)(torch.zeros(2, 1, 32, 32), paths=torch.ones(2, 8, dtype=torch.bool))
+
+
+def _replace_body(model):
+    model.features.stage1[0].body[0] = nn.Conv2d(6, 6, 5, padding=2).eval()
+
+
+def _replace_activation(model):
+    model.features.stage1[0].activation = nn.Tanh().eval()
+
+
+def _replace_router(model):
+    model.features.stage1[1].router = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)).eval()
+
+
+def _share_block(model):
+    model.features.stage1[1] = model.features.stage1[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_replace_body, "block 0 has no body of two 3x3 convolutions"),
+        (_replace_activation, "block 0 is no RoutedBlock with a spnet.Router and a ReLU"),
+        (_replace_router, "block 1 is no RoutedBlock with a spnet.Router"),
+        (_share_block, "a block stands in two places"),
+        (nn.Module.train, "training mode"),
+        (nn.Module.double, "torch.float64 on cpu is neither"),
+        (nn.Module.half, "torch.float16 on cpu is neither"),
+        (lambda m: m.to("meta"), "on meta"),
+        (lambda m: m.heads[0].register_forward_hook(print), "a forward hook"),
+    ],
+)
+def test_what_does_not_fit_is_said(change, reason):
+    model = _small()
+    change(model)
+    with pytest.raises(spnet.LoweringError, match=reason):
+        spnet.lower(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: spnet.create_model("resnet18", num_classes=3), "the stem is not a 3x3 convolution"),
+        (lambda: spnet.RoutedSequential(nn.ReLU()), "RoutedSequential is not one of spnet's own networks"),
+        (lambda: _small(input_size=65), "inputs of .* are too large"),
+        (lambda: _small(in_channels=513), "inputs of .* are too large"),
+        (lambda: spnet.models.SPNet([1], [8], num_classes=2, bottleneck=True), "block 0 has no body of two 3x3"),
+        (lambda: spnet.create_model("resnet20_cifar", routed=False), "block 0 is no RoutedBlock"),
+    ],
+)
+def test_networks_that_do_not_fit(model, reason):
+    with pytest.raises(spnet.LoweringError, match=reason):
+        spnet.lower(model().eval())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded(tmp_path, dtype):
+    model = _small(shortcut="projection").to(dtype)
+    x = torch.randn(3, 2, 12, 12).to(dtype)
+    try:
+        plan = spnet.lower(model)
+    except spnet.LoweringError as e:
+        pytest.skip(str(e))
+    plan.save(tmp_path / "plan.safetensors")
+    loaded = spnet.load_plan(tmp_path / "plan.safetensors")
+    a, paths_a = plan(x, return_paths=True)
+    b, paths_b = loaded(x, return_paths=True)
+    assert a.dtype == dtype
+    assert torch.equal(a, b)
+    assert torch.equal(paths_a.macs, paths_b.macs)
+    assert paths_a.blocks == paths_b.blocks
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "plan.safetensors"
+    spnet.lower(_small()).save(path)
+    whole = path.read_bytes()
+    for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="no complete plan"):
+            spnet.load_plan(path)
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    meta = {"spnet-plan": "1", "dtype": "float32", "blocks": "a\nb\nc\nd"}
+
+    def refused(message: str, tensors=tensors, **changed):
+        save_file(tensors, path, meta | changed)
+        with pytest.raises(ValueError, match=message):
+            spnet.load_plan(path)
+
+    refused("plan version 2, expected 1", **{"spnet-plan": "2"})
+    refused("is no plan", dtype="float16")
+    refused("is no plan", blocks="a")
+    refused("is no plan", {**tensors, "more": torch.zeros(1)})
+    refused("is no plan", {**tensors, "weights": tensors["weights"].double()})
+    refused("float", {**tensors, "weights": tensors["weights"][:-1].clone()})
+    for position in range(len(tensors["table"])):
+        for value in (-1, 2**40):
+            table = tensors["table"].clone()
+            table[position] = value
+            refused(".", {**tensors, "table": table})
+    refused(".", {**tensors, "table": tensors["table"][:5].clone()})
+    with pytest.raises(FileNotFoundError):
+        spnet.load_plan(tmp_path / "absent")
+
+
+def test_a_plan_holds_no_reference_to_its_model(network):
+    import gc
+    import weakref
+
+    spnet.fast_forward(network, torch.zeros(1, 1, 32, 32))
+    twin = copy.deepcopy(network)
+    spnet.fast_forward(twin, torch.zeros(1, 1, 32, 32))
+    alive = weakref.ref(twin)
+    del twin
+    gc.collect()
+    assert alive() is None

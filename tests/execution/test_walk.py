@@ -1,0 +1,170 @@
+"""``walk`` against ``masked`` by the contract of equality, and plans that follow their model."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import spnet
+from spnet.native import core
+from tests.conftest import margins, settle
+
+needs_bfloat16 = pytest.mark.skipif(not core.has_bfloat16(), reason="this processor does not multiply bfloat16")
+
+
+@st.composite
+def networks(draw) -> nn.Module:
+    """Networks of the CIFAR form with awkward widths, sizes and depths."""
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    stages = draw(st.integers(1, 3))
+    model = spnet.models.SPNet(
+        [draw(st.integers(1, 3)) for _ in range(stages)],
+        sorted(draw(st.sampled_from([1, 3, 8, 16, 24, 33])) for _ in range(stages)),
+        num_classes=draw(st.sampled_from([1, 2, 10])),
+        in_channels=draw(st.sampled_from([1, 3, 5])),
+        input_size=draw(st.sampled_from([1, 5, 8, 16, 31])),
+        shortcut=draw(st.sampled_from(["pad", "projection"])),
+        router_width=draw(st.sampled_from([16, 128])),
+    )
+    return settle(model)
+
+
+def _input(model: nn.Module, batch: int) -> torch.Tensor:
+    return torch.randn(batch, model.in_channels, model.input_size, model.input_size)
+
+
+@given(networks(), st.sampled_from([0, 1, 2, 7]), st.sampled_from([0.0, 0.5, 1.0]))
+def test_forced_paths(model, batch, rate):
+    x = _input(model, batch)
+    blocks = sum(len(stage) for stage in model.stages)
+    paths = torch.rand(batch, blocks) < rate
+    expected = spnet.fast_forward(model, x, impl="masked", paths=paths)
+    got, taken = spnet.fast_forward(model, x, impl="walk", paths=paths, return_paths=True)
+    assert torch.equal(taken.decisions, paths)
+    scale = expected.abs().max().clamp(min=1e-6) if batch else 1
+    assert ((got - expected).abs() <= 1e-4 * scale).all()
+
+
+@given(networks(), st.sampled_from([1, 2, 7]), st.integers(1, 3))
+def test_own_decisions_and_any_number_of_threads(model, batch, threads):
+    x = _input(model, batch)
+    expected, masked = spnet.fast_forward(model, x, impl="masked", return_paths=True)
+    got, walked = spnet.fast_forward(model, x, impl="walk", return_paths=True)
+    clear = (margins(model, x) > 1e-3).all(1)
+    assert torch.equal(masked.decisions[clear], walked.decisions[clear])
+    same = (masked.decisions == walked.decisions).all(1)
+    assert ((got - expected).abs()[same] <= 1e-4 * expected.abs().max().clamp(min=1e-6)).all()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(spnet.fast_forward(model, x, impl="walk"), got)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_bfloat16
+@given(networks(), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]))
+def test_bfloat16(model, batch, rate):
+    model = model.bfloat16()
+    x = _input(model, batch).bfloat16()
+    exact = copy.deepcopy(model).double()
+    paths = torch.rand(batch, sum(len(stage) for stage in model.stages)) < rate
+    truth = spnet.fast_forward(exact, x.double(), impl="masked", paths=paths)
+    masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
+    walked = spnet.fast_forward(model, x, impl="walk", paths=paths)
+    assert walked.dtype == torch.bfloat16
+    rounding = torch.finfo(torch.bfloat16).eps * truth.abs().max()
+    assert (walked.double() - truth).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
+
+
+def _write_data(model):
+    model.features.stage1[0].body[0].weight.data.mul_(1.5)
+
+
+def _write_one_element(model):
+    model.features.stem[1].running_mean.data[0] += 3
+
+
+def _replace_parameter(model):
+    model.heads[-1].weight = nn.Parameter(torch.randn_like(model.heads[-1].weight))
+
+
+def _replace_block(model):
+    model.features.stage1[1] = settle(spnet.create_model("resnet20_cifar"), bias=2.0).features.stage1[1]
+
+
+def _optimizer_step(model):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(model.parameters(), lr=1e-2).step()
+
+
+def _train_and_back(model):
+    model.train()(torch.randn(4, 1, 32, 32))
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_write_data, _write_one_element, _replace_parameter, _replace_block, _optimizer_step, _train_and_back],
+)
+def test_the_plan_follows_the_model(network, change):
+    x = torch.randn(3, 1, 32, 32)
+    before = spnet.fast_forward(network, x, impl="walk")
+    change(network)
+    after = spnet.fast_forward(network, x, impl="walk")
+    expected = spnet.fast_forward(network, x, impl="masked")
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@needs_bfloat16
+def test_the_plan_follows_the_dtype(network):
+    x = torch.randn(3, 1, 32, 32)
+    assert spnet.fast_forward(network, x, impl="walk").dtype == torch.float32
+    network.bfloat16()
+    assert spnet.fast_forward(network, x.bfloat16(), impl="walk").dtype == torch.bfloat16
+
+
+def test_a_hook_turns_to_another_execution(network):
+    x = torch.randn(3, 1, 32, 32)
+    spnet.fast_forward(network, x)
+    seen = []
+    network.features.stem.register_forward_hook(lambda *args: seen.append(1))
+    spnet.fast_forward(network, x)
+    assert seen == [1]
+    with pytest.raises(ValueError, match="impl: 'walk' does not fit this model: a forward hook"):
+        spnet.fast_forward(network, x, impl="walk")
+
+
+def test_an_unchanged_model_is_lowered_once(network, monkeypatch):
+    from spnet.execution import walk
+
+    calls = []
+    monkeypatch.setattr(walk, "lower", lambda model: calls.append(1) or spnet.lower(model))
+    for _ in range(3):
+        spnet.fast_forward(network, torch.zeros(1, 1, 32, 32))
+    assert calls == [1]
+
+
+def test_many_threads_on_one_plan_and_on_several(network):
+    twin = settle(spnet.create_model("resnet20_cifar", in_channels=1), bias=1.0)
+    x = torch.randn(5, 1, 32, 32)
+    expected = [spnet.fast_forward(m, x, impl="walk") for m in (network, twin)]
+    failures = []
+
+    def work(i: int):
+        for _ in range(10):
+            if not torch.equal(spnet.fast_forward((network, twin)[i], x, impl="walk"), expected[i]):
+                failures.append(i)
+
+    threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures

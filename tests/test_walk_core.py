@@ -1,0 +1,471 @@
+"""The native walk against the formula in csrc/plan.h, written out in plain PyTorch."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spnet.native import core
+
+IDENTITY, PAD, PROJECTION = 0, 1, 2
+
+
+@dataclass
+class Block:
+    cin: int
+    mid: int
+    cout: int
+    stride: int = 1
+    shortcut: int = IDENTITY
+    pad_before: int = 0
+    router_width: int = 16
+
+
+@dataclass
+class Network:
+    """Sizes and random weights, and what they mean."""
+
+    in_channels: int
+    size: tuple[int, int]
+    stem: int
+    blocks: list[Block]
+    classes: int = 10
+    seed: int = 0
+    weights: list[Tensor] = field(init=False)
+
+    def __post_init__(self):
+        g = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape, scale=1.0):
+            return torch.randn(*shape, generator=g) * scale
+
+        def conv(cin, cout, k=3):
+            shape = (cout, cin, k, k) if k > 1 else (cout, cin)
+            return [normal(*shape, scale=(cin * k * k) ** -0.5), normal(cout, scale=0.1)]
+
+        self.weights = conv(self.in_channels, self.stem)
+        for b in self.blocks:
+            self.weights += conv(b.cin, b.mid) + conv(b.mid, b.cout)
+            if b.shortcut == PROJECTION:
+                self.weights += conv(b.cin, b.cout, 1)
+            self.weights += conv(b.cin, b.router_width, 1)
+            self.weights += [normal(b.router_width, scale=b.router_width**-0.5), normal(1, scale=0.1)]
+        channels = self.blocks[-1].cout if self.blocks else self.stem
+        self.weights += conv(channels, self.classes, 1)
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        header = [1, self.in_channels, *self.size, self.classes, len(self.blocks), self.stem, 1]
+        rows = [[b.cin, b.mid, b.cout, b.stride, b.shortcut, b.pad_before, b.router_width, 0] for b in self.blocks]
+        return torch.tensor(header + sum(rows, [])), torch.cat([w.flatten() for w in self.weights])
+
+    def input(self, batch: int) -> Tensor:
+        return torch.randn(batch, self.in_channels, *self.size, generator=torch.Generator().manual_seed(batch))
+
+    def reference(self, x: Tensor, paths: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Logits [B, classes] along given paths [B, L], and the routers' margins [B, L] met on the way."""
+        w = iter([w.to(dtype) for w in self.weights])
+        x = F.relu(F.conv2d(x.to(dtype), next(w), next(w), padding=1))
+        margins = []
+        for i, b in enumerate(self.blocks):
+            body = F.relu(F.conv2d(x, next(w), next(w), stride=b.stride, padding=1))
+            body = F.conv2d(body, next(w), next(w), padding=1)
+            shortcut = x
+            if b.shortcut == PAD:
+                behind = b.cout - b.cin - b.pad_before
+                shortcut = F.pad(x[:, :, :: b.stride, :: b.stride], (0, 0, 0, 0, b.pad_before, behind))
+            elif b.shortcut == PROJECTION:
+                shortcut = F.conv2d(x, next(w)[:, :, None, None], next(w), stride=b.stride)
+            hidden = F.relu(F.linear(x.mean((2, 3)), next(w), next(w)))
+            margins.append(F.linear(hidden, next(w)[None], next(w))[:, 0])
+            x = F.relu(torch.where(paths[:, i, None, None, None], shortcut + body, shortcut))
+        logits = F.linear(x.mean((2, 3)), next(w), next(w))
+        return logits, torch.stack(margins, 1) if margins else logits.new_zeros(len(x), 0)
+
+
+def make_plan(network: Network, precision=core.Precision.float32) -> core.Plan:
+    ints, floats = network.tables()
+    return core.Plan(ints.data_ptr(), ints.numel(), floats.data_ptr(), floats.numel(), precision)
+
+
+def run(plan, network: Network, x: Tensor, paths: Tensor | None = None, threshold: float = 0.0, threads: int = 1):
+    """Logits and decisions, written over NaN and garbage."""
+    logits = torch.full((len(x), network.classes), torch.nan)
+    decisions = torch.full((len(x), len(network.blocks)), 7, dtype=torch.uint8)
+    paths_address = 0 if paths is None else paths.contiguous().data_ptr()
+    plan.run(
+        x.data_ptr(), len(x), *x.stride(), paths_address, threshold, logits.data_ptr(), decisions.data_ptr(), threads
+    )
+    return logits, decisions
+
+
+def assert_close(network: Network, x: Tensor, paths: Tensor, logits: Tensor, precision=core.Precision.float32):
+    assert torch.isfinite(logits).all()
+    if not logits.numel():
+        return
+    exact = network.reference(x, paths, torch.float64)[0]
+    tolerance = 1e-4 * exact.abs().max()
+    if precision == core.Precision.bfloat16:
+        plain = network.reference(x, paths, torch.bfloat16)[0]
+        tolerance = 2 * (plain - exact).abs().max() + exact.abs().max() / 256
+    assert (logits - exact).abs().max() <= tolerance
+
+
+def chain(*widths, size, in_channels=3, kinds=(IDENTITY,), mids=None, **kwargs) -> Network:
+    """One block between any two widths; equal widths may be joined by an identity."""
+    blocks = []
+    for i, (cin, cout) in enumerate(zip(widths, widths[1:], strict=False)):
+        kind = kinds[i % len(kinds)]
+        stride = 1 if kind == IDENTITY else 1 + i % 2
+        pad_before = (cout - cin) // 2 if kind == PAD else 0
+        blocks.append(Block(cin, (mids or widths)[i], cout, stride, kind, pad_before, 3 + 13 * i))
+    return Network(in_channels, size, widths[0], blocks, **kwargs)
+
+
+NETWORKS = {
+    "no-blocks": Network(1, (3, 2), 5, []),
+    "one-pixel": chain(5, 5, 8, 24, size=(1, 1), kinds=(IDENTITY, PAD, PROJECTION)),
+    "odd-widths": chain(3, 5, 8, 24, 24, size=(5, 7), kinds=(PAD, PROJECTION, PAD, IDENTITY)),
+    "odd-pads": chain(5, 12, 13, 31, 33, size=(9, 6), kinds=(PAD,), in_channels=2),
+    "whole-vectors": chain(16, 16, 32, 32, 64, 64, size=(8, 8), kinds=(IDENTITY, PAD)),
+    "resnet-8": chain(16, 16, 32, 64, size=(32, 32), kinds=(IDENTITY, PAD, PAD)),
+    "projections": chain(16, 40, 24, 24, size=(32, 32), kinds=(PROJECTION, PROJECTION, IDENTITY)),
+    "large": chain(7, 7, 9, size=(64, 64), kinds=(IDENTITY, PAD), in_channels=1),
+    "bodies": chain(6, 6, 10, 10, size=(12, 11), kinds=(IDENTITY, PROJECTION, IDENTITY), mids=(1, 50, 17)),
+    "many-inputs": chain(9, 9, size=(4, 3), in_channels=37),
+    "many-classes": chain(9, 9, size=(4, 3), classes=1003),
+    "one-class": chain(9, 9, size=(4, 3), classes=1),
+    "wide": chain(130, 130, size=(3, 20), in_channels=1),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request) -> Network:
+    return NETWORKS[request.param]
+
+
+@pytest.fixture(params=[*core.cpu_levels(), "bfloat16"])
+def precision(request):
+    """Runs a test at each instruction-set level in float32, and in bfloat16 at the highest."""
+    if request.param == "bfloat16":
+        if not core.has_bfloat16():
+            pytest.skip("this processor or this build has no bfloat16 dot products")
+        yield core.Precision.bfloat16
+        return
+    before = core.cpu_level()
+    core.set_cpu_level(request.param)
+    yield core.Precision.float32
+    core.set_cpu_level(before)
+
+
+def path_choices(network: Network, batch: int):
+    shape = (batch, len(network.blocks))
+    yield torch.ones(shape, dtype=torch.bool)
+    yield torch.zeros(shape, dtype=torch.bool)
+    yield torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.5
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 5])
+def test_forced_paths(network, precision, batch):
+    plan, x = make_plan(network, precision), network.input(batch)
+    assert plan.level == core.cpu_level()
+    assert plan.precision == precision
+    for paths in path_choices(network, batch):
+        logits, decisions = run(plan, network, x, paths, threads=2)
+        assert torch.equal(decisions.bool(), paths)
+        assert decisions.max() <= 1 if decisions.numel() else True
+        assert_close(network, x, paths, logits, precision)
+
+
+@pytest.mark.parametrize("threshold", [-0.3, 0.0, 0.3])
+def test_own_decisions(network, precision, threshold):
+    x = network.input(7)
+    logits, decisions = run(make_plan(network, precision), network, x, threshold=threshold)
+    assert_close(network, x, decisions.bool(), logits, precision)
+    margins = network.reference(x, decisions.bool())[1]
+    clear = (margins - threshold).abs() > (1e-3 if precision == core.Precision.float32 else 3e-2)
+    assert torch.equal(decisions.bool()[clear], margins[clear] > threshold)
+
+
+def test_routers_take_both_ways():
+    """Or the tests above would not test decisions."""
+    network = NETWORKS["whole-vectors"]
+    _, decisions = run(make_plan(network), network, network.input(16))
+    assert 0 < decisions.float().mean() < 1
+
+
+def test_thread_counts_and_batch_splits_agree_to_the_bit(network, precision):
+    plan, x = make_plan(network, precision), network.input(5)
+    logits, decisions = run(plan, network, x)
+    for threads in (1, 2, 3, 5, 11, 40):
+        for _ in range(2):
+            again = run(plan, network, x, threads=threads)
+            assert torch.equal(again[0], logits)
+            assert torch.equal(again[1], decisions)
+        for i in range(5):
+            one = run(plan, network, x[i : i + 1], threads=threads)
+            assert torch.equal(one[0], logits[i : i + 1])
+            assert torch.equal(one[1], decisions[i : i + 1])
+
+
+def test_input_layouts(network):
+    plan, x = make_plan(network), network.input(4)
+    expected = run(plan, network, x)
+    wide = torch.full((8, x.shape[1] + 1, x.shape[2] + 2, 2 * x.shape[3]), torch.nan)
+    sliced = wide[::2, 1:, 1:-1, ::2]
+    sliced.copy_(x)
+    for layout in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3), sliced):
+        got = run(plan, network, layout)
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+    same = x[:1].expand(3, -1, -1, -1)
+    assert torch.equal(run(plan, network, same)[0], run(plan, network, same.contiguous())[0])
+
+
+def test_a_workspace_carries_nothing_over(network, precision):
+    """Not even NaN: halos and channels beyond a map's own stay clean."""
+    plan, x = make_plan(network, precision), network.input(3)
+    expected = run(plan, network, x)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        run(plan, network, torch.full_like(x, bad), paths=torch.ones(3, len(network.blocks), dtype=torch.bool))
+        got = run(plan, network, x)
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+
+
+def test_nan_flows(network, precision):
+    """To the logits of its sample and to no other's; a router that sees it skips."""
+    plan, x = make_plan(network, precision), network.input(3)
+    expected, _ = run(plan, network, x)
+    x[1, 0, -1, -1] = torch.nan
+    for threads in (1, 2, 7):
+        logits, decisions = run(plan, network, x, threads=threads)
+        assert torch.equal(logits[::2], expected[::2])
+        if not any(b.stride == 2 for b in network.blocks):  # which may step over the pixel
+            assert logits[1].isnan().all()
+            assert not decisions[1].any()
+
+
+def test_infinity_stays_in_its_channel(precision):
+    """Lanes beyond the channels hold 0 * inf = NaN, which nothing may read."""
+    network = chain(6, 6, size=(4, 4), in_channels=1)
+    for w in network.weights:
+        w.abs_()
+    x = network.input(2).abs()
+    x[0, 0, 0, 0] = torch.inf
+    for paths in path_choices(network, 2):
+        logits, _ = run(make_plan(network, precision), network, x, paths)
+        expected, _ = network.reference(x, paths)
+        assert torch.equal(logits.isnan(), expected.isnan())
+        assert torch.equal(logits.isinf(), expected.isinf())
+
+
+def test_the_tables_are_copied(network):
+    ints, floats = network.tables()
+    plan = core.Plan(ints.data_ptr(), ints.numel(), floats.data_ptr(), floats.numel())
+    ints.zero_(), floats.fill_(torch.nan)
+    x, paths = network.input(2), torch.ones(2, len(network.blocks), dtype=torch.bool)
+    assert_close(network, x, paths, run(plan, network, x, paths)[0])
+
+
+def test_many_python_threads(precision):
+    """On one plan and on several, with several threads each."""
+    cases = []
+    for name in ("odd-widths", "whole-vectors", "projections"):
+        network = NETWORKS[name]
+        plan, x = make_plan(network, precision), network.input(6)
+        cases.append((plan, network, x, run(plan, network, x)))
+
+    def work(i: int) -> bool:
+        plan, network, x, expected = cases[i % 3]
+        n = (6, 1, 2)[i // 3 % 3]
+        logits, decisions = run(plan, network, x[:n], threads=1 + i % 4)
+        return torch.equal(logits, expected[0][:n]) and torch.equal(decisions, expected[1][:n])
+
+    with ThreadPoolExecutor(8) as executor:
+        assert all(executor.map(work, range(120)))
+
+
+def test_a_plan_keeps_its_level():
+    network, before = NETWORKS["odd-widths"], core.cpu_level()
+    plan, x = make_plan(network), network.input(2)
+    expected = run(plan, network, x)
+    try:
+        core.set_cpu_level(core.cpu_levels()[0])
+        assert torch.equal(run(plan, network, x)[0], expected[0])
+        assert plan.level == before
+    finally:
+        core.set_cpu_level(before)
+
+
+def test_working_memory_of_a_cifar_network():
+    blocks = [Block(16, 16, 16)] * 3 + [Block(16, 32, 32, 2, PAD, 8)] + [Block(32, 32, 32)] * 2
+    blocks += [Block(32, 64, 64, 2, PAD, 16)] + [Block(64, 64, 64)] * 2
+    assert make_plan(Network(3, (32, 32), 16, blocks)).workspace_bytes <= 1 << 20
+
+
+def test_bfloat16_needs_the_level():
+    before = core.cpu_level()
+    try:
+        core.set_cpu_level(core.cpu_levels()[0])
+        assert not core.has_bfloat16()
+        with pytest.raises(ValueError, match="^precision: bfloat16 needs .*, got level " + core.cpu_level()):
+            make_plan(VALID, core.Precision.bfloat16)
+    finally:
+        core.set_cpu_level(before)
+
+
+# --- What is refused ------------------------------------------------------------------------------------------
+
+HEADER = {"format_version": 0, "in_channels": 1, "in_height": 2, "in_width": 3, "num_classes": 4, "n_blocks": 5}
+HEADER |= {"stem_channels": 6, "stem_stride": 7}
+BLOCK = ("cin", "mid", "cout", "stride", "shortcut", "pad_before", "router_width", "reserved")
+VALID = Network(3, (9, 8), 4, [Block(4, 6, 4), Block(4, 6, 9, 2, PAD, 2), Block(9, 6, 5, 2, PROJECTION)])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("format_version", v) for v in (0, 2, -1)]
+    + [("in_channels", v) for v in (0, -3, 513)]
+    + [(n, v) for n in ("in_height", "in_width") for v in (0, -1, 65)]
+    + [("num_classes", v) for v in (0, -1, 1_000_001)]
+    + [("n_blocks", v) for v in (-1, 100_001, 1 << 60)]
+    + [("stem_channels", v) for v in (0, -1, 4097)]
+    + [("stem_stride", v) for v in (0, 2)],
+)
+def test_refuses_a_header(name, value):
+    ints, floats = VALID.tables()
+    ints[HEADER[name]] = value
+    with pytest.raises(ValueError, match=rf"^plan: {name}: expected .*, got {value}$"):
+        core.Plan(ints.data_ptr(), ints.numel(), floats.data_ptr(), floats.numel())
+
+
+@pytest.mark.parametrize(
+    ("block", "name", "value"),
+    [
+        (0, "cin", 3),
+        (0, "mid", 0),
+        (0, "mid", 4097),
+        (0, "mid", 1 << 62),
+        (0, "cout", 5),
+        (0, "cout", 0),
+        (0, "stride", 2),
+        (0, "pad_before", 1),
+        (0, "reserved", 1),
+        (0, "router_width", 0),
+        (0, "router_width", 4097),
+        (1, "cin", 5),
+        (1, "cout", 3),
+        (1, "cout", 4097),
+        (1, "stride", 0),
+        (1, "stride", 3),
+        (1, "shortcut", -1),
+        (1, "shortcut", 3),
+        (1, "pad_before", -1),
+        (1, "pad_before", 6),
+        (2, "cin", 4),
+        (2, "pad_before", 1),
+        (2, "stride", -2),
+    ],
+)
+def test_refuses_a_block(block, name, value):
+    ints, floats = VALID.tables()
+    ints[8 + 8 * block + BLOCK.index(name)] = value
+    with pytest.raises(ValueError, match=rf"^plan: block {block}: {name}: expected .*, got {value}$"):
+        core.Plan(ints.data_ptr(), ints.numel(), floats.data_ptr(), floats.numel())
+
+
+def test_refuses_other_numbers_of_integers_and_floats():
+    ints, floats = VALID.tables()
+    n_ints, n_floats = ints.numel(), floats.numel()
+    for n in (-1, 0, 7):
+        with pytest.raises(ValueError, match=f"integers: expected a header of 8, got {n}"):
+            core.Plan(ints.data_ptr(), n, floats.data_ptr(), n_floats)
+    for n in (8, n_ints - 1, n_ints + 8):
+        with pytest.raises(ValueError, match=f"integers: expected {n_ints}, .*, got {n}"):
+            core.Plan(ints.data_ptr(), n, floats.data_ptr(), n_floats)
+    for n in (-1, 0, n_floats - 1, n_floats + 1, 1 << 61):
+        with pytest.raises(ValueError, match=f"floats: expected {n_floats}, .*, got {n}"):
+            core.Plan(ints.data_ptr(), n_ints, floats.data_ptr(), n)
+    with pytest.raises(ValueError, match="integers: null"):
+        core.Plan(0, n_ints, floats.data_ptr(), n_floats)
+    with pytest.raises(ValueError, match="floats: null"):
+        core.Plan(ints.data_ptr(), n_ints, 0, n_floats)
+
+
+def test_the_floats_of_a_refused_plan_are_not_read():
+    ints, floats = VALID.tables()
+    ints[4] = 1_000_000
+    with pytest.raises(ValueError, match="floats: expected"):
+        core.Plan(ints.data_ptr(), ints.numel(), 16, floats.numel())  # address 16 cannot be read
+
+
+def test_run_refuses():
+    plan, x = make_plan(VALID), VALID.input(2)
+    out = torch.empty(2, 10), torch.empty(2, 3, dtype=torch.uint8)
+    valid = dict(zip(("x", "batch"), (x.data_ptr(), 2), strict=True))
+    valid |= dict(zip(("stride_n", "stride_c", "stride_h", "stride_w"), x.stride(), strict=True))
+    valid |= {"paths": 0, "threshold": 0.0, "threads": 1}
+    valid |= {"logits": out[0].data_ptr(), "decisions": out[1].data_ptr()}
+    plan.run(**valid)
+    for name, value in (("batch", -1), ("threads", 0), ("x", 0), ("logits", 0), ("decisions", 0)):
+        with pytest.raises(ValueError, match=f"^walk: {name}: "):
+            plan.run(**{**valid, name: value})
+
+
+# --- Levels chosen by the environment -------------------------------------------------------------------------
+
+# Without torch, whose import takes seconds: the module by its file, numbers as bytes.
+RUN_PLAN = """
+import array, importlib.util, sys
+spec = importlib.util.spec_from_file_location("_core", sys.argv[1])
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+print(core.cpu_level())
+if len(sys.argv) > 2:
+    tables = [array.array(kind) for kind in "qffB"]
+    for table, path in zip(tables, sys.argv[2:6]):
+        table.frombytes(open(path, "rb").read())
+    address = [table.buffer_info()[0] for table in tables]
+    ints, floats, x, paths = tables
+    plan = core.Plan(address[0], len(ints), address[1], len(floats))
+    c, h, w, classes, blocks = ints[1:6]
+    batch = len(x) // (c * h * w)
+    logits, decisions = array.array("f", [0] * batch * classes), array.array("B", [0] * batch * blocks)
+    out = logits.buffer_info()[0], decisions.buffer_info()[0]
+    plan.run(address[2], batch, c * h * w, h * w, w, 1, address[3], 0.0, *out, 2)
+    print(plan.level, *logits)
+"""
+
+
+def python(level: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-S", "-c", RUN_PLAN, core.__file__, *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, "SPNET_CPU_LEVEL": level}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", core.cpu_levels())
+def test_the_environment_chooses_a_level(name, tmp_path):
+    network = NETWORKS["odd-widths"]
+    x, paths = network.input(2), torch.ones(2, len(network.blocks), dtype=torch.bool)
+    files = []
+    for i, table in enumerate((*network.tables(), x, paths)):
+        files.append(tmp_path / str(i))
+        files[-1].write_bytes(table.numpy().tobytes())
+    result = python(name, *files)
+    assert result.returncode == 0, result.stderr
+    level, plan_level, *logits = result.stdout.split()
+    assert level == plan_level == name
+    logits = torch.tensor([float(v) for v in logits]).reshape(2, -1)
+    assert_close(network, x, paths, logits)
+
+
+def test_a_level_that_the_processor_lacks():
+    result = python("avx4096")
+    assert result.returncode != 0
+    assert "SPNET_CPU_LEVEL: expected one that this processor runs (" in result.stderr
+    assert "got avx4096" in result.stderr
