@@ -10,7 +10,7 @@ import torch
 import spnet
 from spnet.routing import routed_blocks
 
-IMPLEMENTATIONS = ["masked", "routed"]
+IMPLEMENTATIONS = ["masked", "routed", "walk"]
 
 
 @pytest.fixture(scope="module", params=["resnet32_cifar", "resnet110_cifar"])
@@ -28,7 +28,9 @@ def test_forward(benchmark, network, batch, executed, impl):
     paths = torch.rand(batch, len(routed_blocks(network))) < executed
     expected = spnet.fast_forward(network, x, impl="masked", paths=paths)
     got, taken = spnet.fast_forward(network, x, impl=impl, paths=paths, return_paths=True)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    # Against each sample's own scale: fresh weights give logits of 1e5, and a small one among them is all rounding.
+    scale = expected.square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(got / scale, expected / scale, rtol=1e-4, atol=1e-4)
     benchmark.group = f"{network.config['name']}, batch {batch}, {executed:.0%} of block executions"
     macs = taken.macs.sum().item()
     benchmark.extra_info |= {"executed_macs": macs, "dense_macs": taken.dense_macs * batch}

@@ -1,8 +1,28 @@
-"""What every result file says about the machine that it was measured on."""
+"""What every result file says about the machine that it was measured on, and lines for the end of a run."""
 
+import pytest
 import torch
 
 import spnet
+
+_LINES = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config):
+    config.stash[_LINES] = []
+
+
+@pytest.fixture
+def report(request):
+    """report(line): shown at the end of the run, also where output is captured."""
+    return request.config.stash[_LINES].append
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash[_LINES]:
+        terminalreporter.section("measured")
+        for line in config.stash[_LINES]:
+            terminalreporter.write_line(line)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -1,0 +1,257 @@
+"""What a CPU user would run instead of ``walk``, each set up as well as its users would.
+
+Everyone runs one network with one set of forced paths. Engines get :class:`FoldedNetwork`, without routers and with
+BatchNorm folded: generous to them, since the masked network would also pay for its routers. Converting the inputs
+to an engine's own form is not part of its time either.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import spnet
+from spnet.routing import routed_blocks
+
+Call = Callable[[], Tensor]  # () -> logits [B, classes]
+Bind = Callable[[Tensor, Tensor], Call]  # (x [B, C, H, W], paths bool [B, L]) -> a call to time
+
+
+class Competitor(NamedTuple):
+    """One rival. ``bind(x, paths)`` gives the call that is timed."""
+
+    bind: Bind
+    kind: str  # "masked" computes everything and masks; "dense" leaves out even the masks; "skips" skips
+
+
+class FoldedNetwork(nn.Module):
+    """A routed network of the CIFAR form as its deployers would export it: BatchNorm folded, no routers.
+
+    Args:
+        model: an SPNet in evaluation mode.
+        dtype: of the weights; they are folded in float32 first.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        blocks = [_folded(block).to(dtype) for block in routed_blocks(model).values()]
+        self.stem = _folded(model.features.stem).to(dtype)
+        self.bodies = nn.ModuleList(block.body for block in blocks)
+        self.shortcuts = nn.ModuleList(block.shortcut for block in blocks)
+        self.head = copy.deepcopy(model.heads[-1]).to(dtype)
+
+    def forward(self, x: Tensor, decisions: Tensor | None = None) -> Tensor:
+        """Masked with decisions [B, L] of 0 and 1 in the dtype of x; dense, as if all were 1, without."""
+        return self.run(x, *(() if decisions is None else masks_of(decisions)))
+
+    def run(self, x: Tensor, *masks: Tensor) -> Tensor:
+        """The same, with a mask [B, 1, 1, 1] of each block."""
+        x = self.stem(x)
+        for i, (body, shortcut) in enumerate(zip(self.bodies, self.shortcuts, strict=True)):
+            x = F.relu(shortcut(x) + (masks[i] * body(x) if masks else body(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def masks_of(decisions: Tensor) -> tuple[Tensor, ...]:
+    return decisions.T[:, :, None, None, None].unbind(0)
+
+
+def _folded(module: nn.Module) -> nn.Module:
+    module = copy.deepcopy(module).float()
+    for sequential in [m for m in module.modules() if isinstance(m, nn.Sequential)]:
+        children = list(sequential.named_children())
+        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                sequential._modules[conv_name] = fuse_conv_bn_eval(conv, norm)
+                sequential._modules[norm_name] = nn.Identity()
+    return module
+
+
+def competitors(model: nn.Module, batch: int, dtype: torch.dtype) -> tuple[dict[str, Competitor], dict[str, str]]:
+    """Set up every rival for batches of one size.
+
+    Args:
+        model: an SPNet of the CIFAR form in evaluation mode, of ``dtype``, on the CPU.
+        batch: B.
+        dtype: float32 or bfloat16.
+
+    Returns:
+        (rivals by name, why the absent ones are absent by name).
+    """
+    found = {
+        "eager": Competitor(_eager(model), "masked"),
+        "channels_last": Competitor(_channels_last(model), "masked"),
+        "routed": Competitor(_routed(model), "skips"),
+    }
+    absent = {}
+    makers = {
+        "compile": (_compiled, True),
+        "compile dense": (_compiled, False),
+        "openvino": (_openvino, True),
+        "openvino dense": (_openvino, False),
+        "onnxruntime": (_onnxruntime, True),
+        "onnxruntime dense": (_onnxruntime, False),
+    }
+    for name, (make, masked) in makers.items():
+        try:
+            found[name] = Competitor(make(model, batch, dtype, masked), "masked" if masked else "dense")
+        except Absent as reason:
+            absent[name] = str(reason)
+    return found, absent
+
+
+class Absent(Exception):
+    """A rival that cannot run here; the message says why."""
+
+
+def _eager(model: nn.Module) -> Bind:
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    return lambda x, paths: partial(spnet.fast_forward, model, x.contiguous(), impl="masked", paths=paths)
+
+
+def _channels_last(model: nn.Module) -> Bind:
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+    def bind(x: Tensor, paths: Tensor) -> Call:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return partial(spnet.fast_forward, model, x, impl="masked", paths=paths)
+
+    return bind
+
+
+def _routed(model: nn.Module) -> Bind:
+    """Gather, compute, scatter; at B=1 this is a Python ``if`` in front of every body."""
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+    def bind(x: Tensor, paths: Tensor) -> Call:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return partial(spnet.fast_forward, model, x, impl="routed", paths=paths)
+
+    return bind
+
+
+def _compiled(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) -> Bind:
+    """torch.compile with the weights frozen into the graph, which lets Inductor pack them for oneDNN."""
+    network = FoldedNetwork(model, dtype).eval()
+    # Masks are inputs of their own: as slices of one tensor each would make Inductor build another C++ kernel.
+    compiled = torch.compile(network.run, dynamic=False, fullgraph=True, options={"freezing": True})
+
+    def run(*inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            return compiled(*inputs)
+
+    def bind(x: Tensor, paths: Tensor) -> Call:
+        masks = masks_of(paths.to(dtype)) if masked else ()
+        return partial(run, x.contiguous(), *(m.clone(memory_format=torch.contiguous_format) for m in masks))
+
+    x, paths = _example(model, batch, True)
+    # Every network and batch is a graph of its own of one function, more than the default limit allows.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        bind(x.to(dtype), paths)()
+    return bind
+
+
+def _example(model: nn.Module, batch: int, masked: bool) -> tuple[Tensor, ...]:
+    x = torch.randn(batch, model.in_channels, model.input_size, model.input_size)
+    return (x, torch.ones(batch, len(routed_blocks(model)))) if masked else (x,)
+
+
+def _openvino(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) -> Bind:
+    """OpenVINO, the fastest of: one request under the latency hint; one under the throughput hint; the batch split
+    over one stream for each thread."""
+    try:
+        import openvino
+    except ImportError:
+        raise Absent("openvino is not installed") from None
+    core = openvino.Core()
+    precision = "bf16" if dtype == torch.bfloat16 else "f32"
+    if dtype == torch.bfloat16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise Absent("OpenVINO has no bfloat16 on this processor")
+    network, threads = FoldedNetwork(model).eval(), torch.get_num_threads()
+
+    def convert(size: int) -> openvino.Model:
+        example = _example(model, size, masked)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return openvino.convert_model(network, example_input=example, input=[tuple(t.shape) for t in example])
+
+    def compile_for(graph: openvino.Model, **settings) -> openvino.CompiledModel:
+        settings |= {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
+        return core.compile_model(graph, "CPU", settings)
+
+    whole = convert(batch)
+    choices = [_requests(compile_for(whole, PERFORMANCE_HINT=hint), 1, masked) for hint in ("LATENCY", "THROUGHPUT")]
+    if threads > 1 and batch % threads == 0:
+        part = compile_for(convert(batch // threads), PERFORMANCE_HINT="THROUGHPUT", NUM_STREAMS=threads)
+        choices.append(_requests(part, threads, masked))
+    example = _example(model, batch, True)
+    return min(choices, key=lambda bind: _seconds(bind(*example)))
+
+
+def _requests(compiled, count: int, masked: bool) -> Bind:
+    """Run the batch in ``count`` equal parts at once."""
+    requests = [compiled.create_infer_request() for _ in range(count)]
+
+    def bind(x: Tensor, paths: Tensor) -> Call:
+        values, masks = x.float().contiguous().chunk(count), paths.float().chunk(count)
+        inputs = [[v.numpy(), m.numpy()] if masked else [v.numpy()] for v, m in zip(values, masks, strict=True)]
+
+        def one() -> Tensor:
+            outputs = requests[0].infer(inputs[0], share_inputs=True, share_outputs=True)
+            return torch.from_numpy(outputs[0])
+
+        def split() -> Tensor:
+            for request, values in zip(requests, inputs, strict=True):
+                request.start_async(values, share_inputs=True)
+            for request in requests:
+                request.wait()
+            return torch.cat([torch.from_numpy(r.get_output_tensor(0).data) for r in requests])
+
+        return one if count == 1 else split
+
+    return bind
+
+
+def _onnxruntime(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) -> Bind:
+    if dtype != torch.float32:
+        raise Absent("its CPU kernels are float32 only")
+    try:
+        import onnx  # noqa: F401  (read by torch.onnx)
+        import onnxruntime
+    except ImportError as error:
+        raise Absent(f"{error.name} is not installed") from None
+    names, file = ["x", "decisions"][: 1 + masked], io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        example = _example(model, batch, masked)
+        torch.onnx.export(FoldedNetwork(model).eval(), example, file, dynamo=False, input_names=names)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session = onnxruntime.InferenceSession(file.getvalue(), options, ["CPUExecutionProvider"])
+
+    def bind(x: Tensor, paths: Tensor) -> Call:
+        values = dict(zip(names, (x.contiguous().numpy(), paths.float().numpy()), strict=False))
+        return lambda: torch.from_numpy(session.run(None, values)[0])
+
+    return bind
+
+
+def _seconds(call: Call, rounds: int = 5) -> float:
+    call()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
