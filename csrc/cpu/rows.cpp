@@ -16,14 +16,14 @@ namespace {
 // One range of work: large enough that taking it from the queue costs nothing, small enough to balance.
 constexpr int64_t kRangeBytes = 64 * 1024;
 
-void require(bool condition, const std::string& message) {
+void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
 void check_sizes(int64_t batch, int64_t n, int64_t row_bytes) {
-  require(batch >= 0 && n >= 0 && row_bytes >= 0, "sizes: expected none below 0, got batch " +
-                                                      std::to_string(batch) + ", n " + std::to_string(n) +
-                                                      ", row bytes " + std::to_string(row_bytes));
+  if (batch >= 0 && n >= 0 && row_bytes >= 0) return;
+  throw std::invalid_argument("sizes: expected none below 0, got batch " + std::to_string(batch) + ", n " +
+                              std::to_string(n) + ", row bytes " + std::to_string(row_bytes));
 }
 
 void check_rows(const void* src, const void* dst, int64_t n, int64_t row_bytes) {
@@ -50,8 +50,10 @@ bool check_index(const int64_t* index, int64_t n, int64_t batch) {
 void check_distinct(const int64_t* index, int64_t n, int64_t batch) {
   std::vector<bool> seen(static_cast<size_t>(batch));
   for (int64_t i = 0; i < n; ++i) {
-    require(!seen[index[i]], "index: expected each row once, got " + std::to_string(index[i]) +
-                                 " again at position " + std::to_string(i));
+    if (seen[index[i]]) {
+      throw std::invalid_argument("index: expected each row once, got " + std::to_string(index[i]) +
+                                  " again at position " + std::to_string(i));
+    }
     seen[index[i]] = true;
   }
 }
@@ -93,7 +95,7 @@ const AddRowFunctions& add_row_functions() {
 }  // namespace
 
 int64_t compact(const uint8_t* mask, int64_t batch, int64_t* out) {
-  require(batch >= 0, "batch: expected 0 or more, got " + std::to_string(batch));
+  check_sizes(batch, 0, 0);
   require(batch == 0 || (mask != nullptr && out != nullptr), "mask: null pointer");
   int64_t count = 0;
   for (int64_t i = 0; i < batch; ++i) {
