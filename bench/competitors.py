@@ -89,9 +89,10 @@ def competitors(model: nn.Module, batch: int, dtype: torch.dtype) -> tuple[dict[
         (rivals by name, why the absent ones are absent by name).
     """
     found = {
-        "eager": Competitor(_eager(model), "masked"),
-        "channels_last": Competitor(_channels_last(model), "masked"),
-        "routed": Competitor(_routed(model), "skips"),
+        "eager": Competitor(_execution(model, "masked", torch.contiguous_format), "masked"),
+        "channels_last": Competitor(_execution(model, "masked", torch.channels_last), "masked"),
+        # Gather, compute, scatter; at B=1 this is a Python `if` in front of every body.
+        "routed": Competitor(_execution(model, "routed", torch.channels_last), "skips"),
     }
     absent = {}
     makers = {
@@ -114,28 +115,12 @@ class Absent(Exception):
     """A rival that cannot run here; the message says why."""
 
 
-def _eager(model: nn.Module) -> Bind:
-    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    return lambda x, paths: partial(spnet.fast_forward, model, x.contiguous(), impl="masked", paths=paths)
-
-
-def _channels_last(model: nn.Module) -> Bind:
-    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+def _execution(model: nn.Module, impl: str, memory_format: torch.memory_format) -> Bind:
+    """One of spnet's own eager executions, with weights and input in one memory format."""
+    model = copy.deepcopy(model).to(memory_format=memory_format)
 
     def bind(x: Tensor, paths: Tensor) -> Call:
-        x = x.contiguous(memory_format=torch.channels_last)
-        return partial(spnet.fast_forward, model, x, impl="masked", paths=paths)
-
-    return bind
-
-
-def _routed(model: nn.Module) -> Bind:
-    """Gather, compute, scatter; at B=1 this is a Python ``if`` in front of every body."""
-    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
-
-    def bind(x: Tensor, paths: Tensor) -> Call:
-        x = x.contiguous(memory_format=torch.channels_last)
-        return partial(spnet.fast_forward, model, x, impl="routed", paths=paths)
+        return partial(spnet.fast_forward, model, x.contiguous(memory_format=memory_format), impl=impl, paths=paths)
 
     return bind
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from spnet.analysis.macs import BlockMacs, Macs, count_macs
 from spnet.execution.paths import Paths
+from spnet.models.files import write_whole
 from spnet.models.resnet import PadShortcut, SPNet
 from spnet.native import core
 from spnet.routing import RoutedBlock, Router
@@ -95,7 +96,11 @@ class Plan:
         return logits, Paths(decisions, self.macs.of_paths(decisions), self.macs.dense, names)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: the table, the weights and the cost; no code."""
+        """Write a safetensors file, wholly or not at all: the table, the weights and the cost; no code.
+
+        Raises:
+            OSError: a full disk, say; what was there before stays.
+        """
         blocks = self.macs.blocks
         tensors = {
             "table": self.table,
@@ -105,7 +110,8 @@ class Plan:
         }
         dtype = str(self.dtype).removeprefix("torch.")
         names = "\n".join(block.name for block in blocks)
-        save_file(tensors, path, {"spnet-plan": str(FORMAT_VERSION), "dtype": dtype, "blocks": names})
+        metadata = {"spnet-plan": str(FORMAT_VERSION), "dtype": dtype, "blocks": names}
+        write_whole(Path(path), save(tensors, metadata))
 
 
 def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
