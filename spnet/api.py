@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -101,6 +102,7 @@ def fast_forward(
     *,
     impl: str = "auto",
     paths: Tensor | None = None,
+    threshold: float = 0.0,
     return_paths: bool = False,
 ) -> Tensor | tuple[Tensor, Paths]:
     """Run a routed network in evaluation mode, executing only what its routers ask for.
@@ -113,6 +115,8 @@ def fast_forward(
             where it fits (:func:`spnet.lower` says what does), else "routed". A named one runs or raises, it never
             falls back.
         paths: bool [B, L], forces the decisions of the L RoutedBlocks (``Paths.blocks`` gives their order).
+        threshold: a sample executes a block where its router's z_execute - z_skip > threshold. 0 is what was trained;
+            more executes less, so that one network offers a range of accuracies and times. Of no effect with paths.
         return_paths: also return :class:`Paths`.
 
     Returns:
@@ -120,23 +124,29 @@ def fast_forward(
 
     Raises:
         ValueError: a model in training mode or without RoutedBlocks; x of another shape, dtype or device than the
-            model's, or requiring grad; paths of another shape; an unknown impl, or one that does not fit.
+            model's, or requiring grad; paths of another shape; a threshold that is NaN; an unknown impl, or one that
+            does not fit.
         TypeError: x is no tensor.
     """
     _check_impl(impl)
+    if math.isnan(threshold):
+        raise ValueError("threshold: expected a number, got NaN")
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides the blocks from the executions
     plan = _plan(model, impl)
     if plan is not None:
         _check_input(model, model.features.stem[0].weight, x)
         if paths is not None:
             _check_paths(paths, len(x), plan.num_blocks, x.device)
-        return plan(x, paths=paths, return_paths=return_paths)
+        return plan(x, paths=paths, threshold=threshold, return_paths=return_paths)
     scan = _scan(model)
     _check_input(model, scan.weight, x)
     blocks = list(scan.blocks.values())
     if paths is not None:
         _check_paths(paths, len(x), len(blocks), x.device)
-    run = MaskedRun(blocks, paths) if impl == "masked" else RoutedRun(blocks, paths, in_place=not scan.hooked)
+    if impl == "masked":
+        run = MaskedRun(blocks, paths, threshold)
+    else:
+        run = RoutedRun(blocks, paths, threshold, in_place=not scan.hooked)
     with torch.no_grad(), active(run):
         output = model(x)
     if not return_paths:

@@ -125,7 +125,8 @@ def _describe(e: spnet.training.Evaluation) -> str:
 @click.argument("model")
 @_data_options
 @click.option("--impl", type=click.Choice(["auto", *IMPLEMENTATIONS]), default="auto")
-def evaluate_(model: str, data: str, data_root: str | None, batch_size: int, impl: str) -> None:
+@click.option("--threshold", type=float, default=0.0, help="Execute a block where z_execute - z_skip is above it.")
+def evaluate_(model: str, data: str, data_root: str | None, batch_size: int, impl: str, threshold: float) -> None:
     """Accuracy and cost of MODEL (a folder written by training, or a bundled network) on a test set.
 
     \b
@@ -133,7 +134,7 @@ def evaluate_(model: str, data: str, data_root: str | None, batch_size: int, imp
       spnet eval fashion-mnist --data fashion-mnist
     """
     loader = make_loader(data, "test", root=data_root, batch_size=batch_size)
-    click.echo(_describe(evaluate(_load(model), loader, impl=impl)))
+    click.echo(_describe(evaluate(_load(model), loader, impl=impl, threshold=threshold)))
 
 
 @main.command()

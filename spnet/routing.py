@@ -32,9 +32,12 @@ def straight_through_gumbel(router_logits: Tensor, tau: float = 1.0) -> Tensor:
     return F.gumbel_softmax(router_logits, tau=tau, hard=True)[..., 1]
 
 
-def decide(router_logits: Tensor) -> Tensor:
-    """Decide without noise: float [B, 2] logits of (skip, execute) -> bool [B]. A tie or a NaN skips."""
-    return router_logits[:, 1] > router_logits[:, 0]
+def decide(router_logits: Tensor, threshold: float = 0.0) -> Tensor:
+    """Decide without noise: float [B, 2] logits of (skip, execute) -> bool [B].
+
+    A sample executes where z_execute - z_skip > threshold; a tie or a NaN skips.
+    """
+    return router_logits[:, 1] - router_logits[:, 0] > threshold
 
 
 class Router(nn.Module):

@@ -1,5 +1,7 @@
 """``fast_forward`` and ``explain``: what they accept, what they refuse, and that answers are never stale."""
 
+import copy
+import math
 import threading
 
 import pytest
@@ -7,7 +9,8 @@ import torch
 from torch import nn
 
 import spnet
-from tests.conftest import settle
+from spnet.routing import routed_blocks
+from tests.conftest import margins, settle
 
 
 def test_returns_paths(network):
@@ -63,6 +66,30 @@ def test_batch_of_none(network, impl):
     assert logits.shape == (0, 10)
     assert paths.decisions.shape == (0, 9)
     assert paths.macs.shape == (0,)
+
+
+@pytest.mark.parametrize("impl", ["masked", "routed", "walk"])
+def test_threshold(network, impl):
+    x = torch.randn(8, 1, 32, 32)
+
+    def decisions(threshold, **options):
+        _, paths = spnet.fast_forward(network, x, impl=impl, threshold=threshold, return_paths=True, **options)
+        return paths.decisions
+
+    # Shifting the execute logit by hand is what a threshold means.
+    shifted = copy.deepcopy(network)
+    for block in routed_blocks(shifted).values():
+        block.router.fc2.bias.data[1] -= 10
+    assert (margins(shifted, x) > 1e-3).all()
+    _, expected = spnet.fast_forward(shifted, x, impl="masked", return_paths=True)
+    assert torch.equal(decisions(10.0), expected.decisions)
+    assert not torch.equal(decisions(10.0), decisions(0.0))
+    assert decisions(-math.inf).all()
+    assert not decisions(math.inf).any()
+    forced = torch.rand(8, 9) < 0.5
+    assert torch.equal(decisions(math.inf, paths=forced), forced)
+    with pytest.raises(ValueError, match="threshold: expected a number, got NaN"):
+        decisions(math.nan)
 
 
 @pytest.mark.parametrize("impl", ["routed", "walk"])

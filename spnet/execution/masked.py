@@ -14,11 +14,13 @@ class MaskedRun:
     Args:
         blocks: the model's RoutedBlocks, in the order of the columns of ``paths``.
         paths: bool [B, L] or None; forces the decisions.
+        threshold: of the routers' decisions, see :func:`spnet.routing.decide`.
     """
 
-    def __init__(self, blocks: list[RoutedBlock], paths: Tensor | None = None):
+    def __init__(self, blocks: list[RoutedBlock], paths: Tensor | None = None, threshold: float = 0.0):
         self._column = {id(block): i for i, block in enumerate(blocks)}
         self._forced = paths
+        self._threshold = threshold
         self._decisions: dict[int, Tensor] = {}
 
     def decisions(self, block: RoutedBlock, x: Tensor, pooled: Tensor | None = None) -> Tensor:
@@ -31,7 +33,8 @@ class MaskedRun:
             if len(d) != len(x):
                 raise ValueError(f"paths: RoutedBlock number {column} got a batch of {len(x)}, paths has {len(d)} rows")
         else:
-            d = decide(block.router(x) if pooled is None else block.router.logits(pooled))
+            logits = block.router(x) if pooled is None else block.router.logits(pooled)
+            d = decide(logits, self._threshold)
         self._decisions[column] = d
         return d
 

@@ -56,13 +56,14 @@ class Plan:
         self.input_shape = (channels, height, width)
 
     def __call__(
-        self, x: Tensor, *, paths: Tensor | None = None, return_paths: bool = False
+        self, x: Tensor, *, paths: Tensor | None = None, threshold: float = 0.0, return_paths: bool = False
     ) -> Tensor | tuple[Tensor, Paths]:
         """Run the network, each worker thread one sample at a time; ``torch.get_num_threads()`` of them.
 
         Args:
             x: [B, C, H, W] of the plan's dtype on the CPU, any strides.
             paths: bool [B, L], forces the decisions.
+            threshold: a sample executes a block where z_execute - z_skip > threshold.
             return_paths: also return :class:`spnet.Paths`.
 
         Returns:
@@ -84,7 +85,7 @@ class Plan:
             batch,
             *values.stride(),
             0 if paths is None else paths.data_ptr(),
-            0.0,
+            threshold,
             logits.data_ptr(),
             decisions.data_ptr(),
             torch.get_num_threads(),

@@ -31,12 +31,14 @@ class RoutedRun(MaskedRun):
     """One forward that runs each body on the samples routed to it.
 
     Args:
-        blocks, paths: as in MaskedRun.
+        blocks, paths, threshold: as in MaskedRun.
         in_place: False where a forward hook may keep an intermediate tensor, so that none may be overwritten.
     """
 
-    def __init__(self, blocks: list[RoutedBlock], paths: Tensor | None = None, in_place: bool = True):
-        super().__init__(blocks, paths)
+    def __init__(
+        self, blocks: list[RoutedBlock], paths: Tensor | None = None, threshold: float = 0.0, *, in_place: bool = True
+    ):
+        super().__init__(blocks, paths, threshold)
         self._in_place = in_place
 
     def block(self, block: RoutedBlock, x: Tensor) -> Tensor:

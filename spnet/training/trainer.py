@@ -42,14 +42,19 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, impl: str = "auto", device: str = "cpu"
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    impl: str = "auto",
+    threshold: float = 0.0,
+    device: str = "cpu",
 ) -> Evaluation:
     """Accuracy, execution rates and cost of a network, in evaluation mode (restored afterwards).
 
     Args:
         model: routed or static network.
         batches: of (input [B, ...], labels int64 [B]).
-        impl: see :func:`spnet.fast_forward`; a static network has but its own forward.
+        impl, threshold: see :func:`spnet.fast_forward`; a static network has but its own forward.
 
     Raises:
         ValueError: no samples, or labels outside the network's classes.
@@ -57,20 +62,22 @@ def evaluate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return _evaluate(model, batches, impl, device)
+        return _evaluate(model, batches, impl, threshold, device)
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], impl: str, device: str) -> Evaluation:
+def _evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], impl: str, threshold: float, device: str
+) -> Evaluation:
     routed = bool(routed_blocks(model))
     correct = loss = macs = 0.0
     samples, executed, dense = 0, 0, 0
     for x, labels in batches:
         x, labels = x.to(device), labels.to(device)
         if routed:
-            logits, paths = fast_forward(model, x, impl=impl, return_paths=True)
+            logits, paths = fast_forward(model, x, impl=impl, threshold=threshold, return_paths=True)
             executed = executed + paths.decisions.sum(0)
             macs += paths.macs.sum().item()
             dense = paths.dense_macs
