@@ -8,20 +8,21 @@
 namespace spnet::cpu::SPNET_LEVEL {
 namespace {
 
-// Accumulators are registers: pixels of a tile times vectors of output channels, beside the weights and one
-// broadcast pixel.
+// Accumulators are registers: pixels of a tile times vectors of output channels, beside the weights of three
+// taps and one broadcast pixel.
 constexpr int kGroup = 2;
 #if defined(__AVX512F__)
 constexpr int kMaxPixels[] = {16, 8};  // of 32 registers; [vectors - 1]
 #elif defined(__AVX2__)
-constexpr int kMaxPixels[] = {12, 6};  // of 16 registers
+constexpr int kMaxPixels[] = {12, 4};  // of 16 registers
 #else
-constexpr int kMaxPixels[] = {8, 4};  // of 16 registers, with products that need one
+constexpr int kMaxPixels[] = {8, 3};  // of 16 registers, with products that need one
 #endif
 
-// One tile of a row. Every pixel is summed in the same order wherever the tile begins, and the row's sums are
-// taken pixel by pixel, so that no result depends on the tiling.
-template <int kPixels, int kVectors, int kStride>
+// One tile of a row. An input pixel is read once for all outputs under whose kernel it lies: two loads in
+// each cycle could not feed two multiply-adds otherwise. Every pixel is summed in the same order wherever the
+// tile begins, and the row's sums are taken pixel by pixel, so that no result depends on the tiling.
+template <int kPixels, int kVectors, int kStride, int kKernel>
 void conv_tile(const Conv& conv, const Element* in, const float* weight, const float* bias, Element* out,
                float* sums, bool first) {
   Vec acc[kPixels][kVectors];
@@ -32,20 +33,24 @@ void conv_tile(const Conv& conv, const Element* in, const float* weight, const f
   }
   for (int64_t left = conv.cin; left > 0; left -= kLanes, in += conv.in.plane) {
     const int64_t channels = left < kLanes ? left : kLanes;
-    for (int64_t ky = 0; ky < conv.kernel; ++ky) {
-      for (int64_t kx = 0; kx < conv.kernel; ++kx) {
-        const Element* pixel = in + ky * conv.in.row + kx * kLanes;
-        for (int64_t c = 0; c < channels;
-             c += kWordChannels, pixel += kWordChannels, weight += kVectors * kLanes) {
-          Vec w[kVectors];
+    for (int ky = 0; ky < kKernel; ++ky) {
+      const Element* word = in + ky * conv.in.row;
+      for (int64_t c = 0; c < channels; c += kWordChannels, word += kWordChannels) {
+        Vec w[kKernel][kVectors];
+#pragma GCC unroll 3
+        for (int kx = 0; kx < kKernel; ++kx) {
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * kLanes);
-#pragma GCC unroll 16
-          for (int p = 0; p < kPixels; ++p) {
+          for (int v = 0; v < kVectors; ++v, weight += kLanes) w[kx][v] = load(weight);
+        }
+#pragma GCC unroll 40
+        for (int x = 0; x < (kPixels - 1) * kStride + kKernel; ++x) {
+          const Vec pixel = broadcast(word + x * kLanes);
+#pragma GCC unroll 3
+          for (int kx = 0; kx < kKernel; ++kx) {
+            const int p = (x - kx) / kStride;
+            if (x < kx || (x - kx) % kStride != 0 || p >= kPixels) continue;
 #pragma GCC unroll 2
-            for (int v = 0; v < kVectors; ++v) {
-              acc[p][v] = add_products(acc[p][v], pixel + p * kStride * kLanes, w[v]);
-            }
+            for (int v = 0; v < kVectors; ++v) acc[p][v] = add_products(acc[p][v], pixel, w[kx][v]);
           }
         }
       }
@@ -67,25 +72,26 @@ void conv_tile(const Conv& conv, const Element* in, const float* weight, const f
   }
 }
 
-using ConvTile = decltype(&conv_tile<1, 1, 1>);
+using ConvTile = decltype(&conv_tile<1, 1, 1, 1>);
 
-template <int kVectors, int kStride>
+template <int kVectors>
 struct Tiles {
   ConvTile of_pixels[kMaxPixels[kVectors - 1]];
 };
 
-template <int kVectors, int kStride, int... kPixels>
-constexpr Tiles<kVectors, kStride> make_tiles(std::integer_sequence<int, kPixels...>) {
-  return {{conv_tile<kPixels + 1, kVectors, kStride>...}};
+template <int kVectors, int kStride, int kKernel, int... kPixels>
+constexpr Tiles<kVectors> make_tiles(std::integer_sequence<int, kPixels...>) {
+  return {{conv_tile<kPixels + 1, kVectors, kStride, kKernel>...}};
 }
 
-template <int kVectors, int kStride>
-constexpr Tiles<kVectors, kStride> kTiles =
-    make_tiles<kVectors, kStride>(std::make_integer_sequence<int, kMaxPixels[kVectors - 1]>());
+template <int kVectors, int kStride, int kKernel>
+constexpr Tiles<kVectors> kTiles =
+    make_tiles<kVectors, kStride, kKernel>(std::make_integer_sequence<int, kMaxPixels[kVectors - 1]>());
 
-const ConvTile* tiles(int64_t vectors, int64_t stride) {
-  if (vectors == 1) return stride == 1 ? kTiles<1, 1>.of_pixels : kTiles<1, 2>.of_pixels;
-  return stride == 1 ? kTiles<2, 1>.of_pixels : kTiles<2, 2>.of_pixels;
+template <int kVectors>
+const ConvTile* tiles(int64_t stride, int64_t kernel) {
+  if (stride == 1) return kernel == 1 ? kTiles<kVectors, 1, 1>.of_pixels : kTiles<kVectors, 1, 3>.of_pixels;
+  return kernel == 1 ? kTiles<kVectors, 2, 1>.of_pixels : kTiles<kVectors, 2, 3>.of_pixels;
 }
 
 int64_t units(const Conv& conv) { return (conv.vectors + kGroup - 1) / kGroup * conv.height; }
@@ -98,7 +104,8 @@ void run(const Conv& conv, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++group, y = 0) {
     const int64_t vector = group * kGroup;
     const int64_t vectors = conv.vectors - vector < kGroup ? conv.vectors - vector : kGroup;
-    const ConvTile* tile = tiles(vectors, conv.stride);
+    const ConvTile* tile =
+        vectors == 1 ? tiles<1>(conv.stride, conv.kernel) : tiles<2>(conv.stride, conv.kernel);
     const int64_t most = kMaxPixels[vectors - 1];
     const int64_t count = (conv.width + most - 1) / most;
     const int64_t pixels = conv.width / count, longer = conv.width % count;

@@ -22,7 +22,7 @@ struct MapView {
 struct Conv {
   MapView in;             // data: the pixel under the kernel's first tap at output (0, 0)
   MapView out;            // data: output (0, 0)
-  const void* weight;     // [group][channels / lanes][kernel][kernel][words of the lanes][lanes of the group]
+  const void* weight;     // [group][channels / lanes][kernel][words of the lanes][kernel][lanes of the group]
   const float* bias;      // [vectors * lanes]
   int64_t cin, kernel;    // channels, 1 or 3
   int64_t stride;         // 1 or 2

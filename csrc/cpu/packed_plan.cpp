@@ -63,16 +63,18 @@ const void* PackedPlan::pack_conv_weight(const float* weight, int64_t cout, int6
     const int64_t first = vector * lanes;
     const int64_t n = std::min<int64_t>(conv.group, vectors(cout) - vector) * lanes;
     for (int64_t block = 0; block < cin; block += lanes) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        for (int64_t c = block; c < std::min(block + lanes, cin); c += step, to += n) {
-          for (int64_t lane = 0; lane < std::min(n, cout - first); ++lane) {
-            const float* channels = weight + ((first + lane) * cin + c) * taps + tap;
-            if (precision == Precision::float32) {
-              to[lane] = *channels;
-            } else {
-              const uint16_t pair[] = {to_bfloat16(*channels),
-                                       c + 1 < cin ? to_bfloat16(channels[taps]) : uint16_t{0}};
-              std::memcpy(to + lane, pair, sizeof(pair));
+      for (int64_t ky = 0; ky < kernel; ++ky) {
+        for (int64_t c = block; c < std::min(block + lanes, cin); c += step) {
+          for (int64_t kx = 0; kx < kernel; ++kx, to += n) {
+            for (int64_t lane = 0; lane < std::min(n, cout - first); ++lane) {
+              const float* channels = weight + ((first + lane) * cin + c) * taps + ky * kernel + kx;
+              if (precision == Precision::float32) {
+                to[lane] = *channels;
+              } else {
+                const uint16_t pair[] = {to_bfloat16(*channels),
+                                         c + 1 < cin ? to_bfloat16(channels[taps]) : uint16_t{0}};
+                std::memcpy(to + lane, pair, sizeof(pair));
+              }
             }
           }
         }

@@ -38,17 +38,22 @@ inline Vec relu(Vec x) { return x < Vec{} ? Vec{} : x; }
 using Element = float;
 constexpr int kWordChannels = 1;
 
-inline Vec add_products(Vec sum, const float* word, Vec weights) { return sum + *word * weights; }
+inline Vec broadcast(const float* word) { return *word - Vec{}; }  // "+ 0" is no identity: -0 + 0 = 0
+inline Vec add_products(Vec sum, Vec word, Vec weights) { return sum + word * weights; }
 inline Vec load_elements(const float* from) { return load(from); }
 inline void store_elements(float* to, Vec value) { store(to, value); }
 #else
 using Element = uint16_t;
 constexpr int kWordChannels = 2;
 
-inline Vec add_products(Vec sum, const uint16_t* word, Vec weights) {
+inline Vec broadcast(const uint16_t* word) {
   int pair;
   std::memcpy(&pair, word, sizeof(pair));
-  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)weights);
+  return (Vec)_mm512_set1_epi32(pair);
+}
+
+inline Vec add_products(Vec sum, Vec word, Vec weights) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)word, (__m512bh)weights);
 }
 
 inline Vec load_elements(const uint16_t* from) {
