@@ -56,7 +56,8 @@ def paths_of(batch: int, blocks: int, executed: float) -> Tensor:
 def take_turns(calls: dict[str, Callable], seconds: float = 15.0) -> dict[str, list[float]]:
     """Seconds of every call, measured in rounds in which each has its turn.
 
-    A turn of a short call is several calls: the threads of its predecessor may spin for a while after their work.
+    Between turns nobody runs: the threads of several rivals spin for a while after their work, which would fall on
+    whoever comes next.
     """
     once = {}
     for name, call in calls.items():
@@ -69,6 +70,7 @@ def take_turns(calls: dict[str, Callable], seconds: float = 15.0) -> dict[str, l
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            time.sleep(0.02)
             for _ in range(repeats[name]):
                 start = time.perf_counter()
                 call()

@@ -18,7 +18,7 @@ struct AddRowFunctions {
   namespace level {                               \
   extern const AddRowFunctions add_row_functions; \
   }
-SPNET_FOR_EACH_LEVEL(SPNET_DECLARE)
+SPNET_FOR_EACH_BUILD(SPNET_DECLARE)
 #undef SPNET_DECLARE
 
 }  // namespace spnet::cpu

@@ -59,12 +59,14 @@ void conv_tile(const Conv& conv, const Element* in, const float* weight, const f
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
     Element* to = out + v * conv.out.plane;
+    const int64_t channels = conv.cout - (bias + v * kLanes - conv.bias);
     Vec sum = first || sums == nullptr ? Vec{} : load(sums + v * kLanes);
 #pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p) {
       Vec y = acc[p][v];
       if (conv.residual) y += load_elements(to + p * kLanes);
       if (conv.relu) y = relu(y);
+      if (kWordChannels > 1) y = first_lanes(y, channels);
       store_elements(to + p * kLanes, y);
       sum += y;
     }
@@ -127,6 +129,6 @@ void run(const Conv& conv, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const ConvFunctions conv_functions = {kLanes, kGroup, kWordChannels, units, run};
+const ConvFunctions conv_functions = {kLanes, kGroup, kWordChannels, false, units, run};
 
 }  // namespace spnet::cpu::SPNET_LEVEL

@@ -16,8 +16,9 @@ struct FmaLoop {
   namespace level {              \
   extern const FmaLoop fma_loop; \
   }
-SPNET_FOR_EACH_LEVEL(SPNET_DECLARE)
+SPNET_FOR_EACH_BUILD(SPNET_DECLARE)
 SPNET_DECLARE(avx512_bf16)
+SPNET_DECLARE(amx_bf16)
 #undef SPNET_DECLARE
 
 }  // namespace spnet::cpu

@@ -7,7 +7,7 @@ namespace spnet::cpu {
 
 bool has_bfloat16() {
 #ifdef SPNET_BFLOAT16_KERNELS
-  return level() == Level::avx512 && __builtin_cpu_supports("avx512bf16");
+  return level() >= Level::avx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
@@ -18,9 +18,12 @@ Kernels kernels(Precision precision) {
     if (!has_bfloat16()) {
       throw std::invalid_argument(
           std::string("precision: bfloat16 needs a processor with AVX512_BF16, a compiler that knows it and "
-                      "level avx512, got level ") +
+                      "level avx512 or above, got level ") +
           level_name(level()));
     }
+#ifdef SPNET_AMX_KERNELS
+    if (level() == Level::amx) return {amx_bf16::conv_functions, avx512_bf16::walk_ops, amx_bf16::fma_loop};
+#endif
 #ifdef SPNET_BFLOAT16_KERNELS
     return {avx512_bf16::conv_functions, avx512_bf16::walk_ops, avx512_bf16::fma_loop};
 #endif

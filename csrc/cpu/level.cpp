@@ -4,6 +4,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef SPNET_AMX_KERNELS
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace spnet::cpu {
 namespace {
 
@@ -28,6 +34,17 @@ std::atomic<Level>& current() {
   return value;
 }
 
+#ifdef SPNET_AMX_KERNELS
+// A process must ask Linux for the matrix registers before it uses them.
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & kBfloat16) || !(edx & kTiles)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 }  // namespace
 
 std::vector<Level> levels() {
@@ -40,6 +57,10 @@ std::vector<Level> levels() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     result.push_back(Level::avx512);
+#ifdef SPNET_AMX_KERNELS
+    static const bool amx = has_amx();
+    if (amx && __builtin_cpu_supports("avx512bf16")) result.push_back(Level::amx);
+#endif
   }
   return result;
 #else

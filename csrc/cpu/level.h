@@ -9,12 +9,20 @@
 #include <vector>
 
 #if defined(__x86_64__)
-#define SPNET_FOR_EACH_LEVEL(X) X(v2) X(avx2) X(avx512)
+#define SPNET_FOR_EACH_BUILD(X) X(v2) X(avx2) X(avx512)
+#define SPNET_FOR_EACH_LEVEL(X) SPNET_FOR_EACH_BUILD(X) X(amx)
 #else
-#define SPNET_FOR_EACH_LEVEL(X) X(generic)
+#define SPNET_FOR_EACH_BUILD(X) X(generic)
+#define SPNET_FOR_EACH_LEVEL(X) SPNET_FOR_EACH_BUILD(X)
 #endif
 
 namespace spnet::cpu {
+
+#if defined(__x86_64__)
+// Matrix registers multiply bfloat16 alone: whatever is float32 is that of the level below.
+namespace avx512 {}
+namespace amx = avx512;
+#endif
 
 #define SPNET_ENUMERATE(level) level,
 enum class Level { SPNET_FOR_EACH_LEVEL(SPNET_ENUMERATE) };

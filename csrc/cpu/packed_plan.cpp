@@ -52,29 +52,36 @@ PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats,
 
 PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape, int64_t kernel) {
   return {pack_conv_weight(floats + shape.weight, shape.cout, shape.cin, kernel),
-          pack_vector(floats + shape.bias, shape.cout), shape.cin, vectors(shape.cout), kernel};
+          pack_vector(floats + shape.bias, shape.cout),
+          shape.cin,
+          shape.cout,
+          vectors(shape.cout),
+          kernel};
 }
 
 const void* PackedPlan::pack_conv_weight(const float* weight, int64_t cout, int64_t cin, int64_t kernel) {
   const int64_t lanes = conv.lanes, taps = kernel * kernel, step = conv.word_channels;
-  packed_.emplace_back(vectors(cout) * lanes * ((cin + step - 1) / step) * taps);
+  const int64_t read = conv.tiles ? vectors(cin) * lanes : cin;
+  packed_.emplace_back(vectors(cout) * lanes * ((read + step - 1) / step) * taps);
   float* to = packed_.back().get();
   for (int64_t vector = 0; vector < vectors(cout); vector += conv.group) {
     const int64_t first = vector * lanes;
     const int64_t n = std::min<int64_t>(conv.group, vectors(cout) - vector) * lanes;
     for (int64_t block = 0; block < cin; block += lanes) {
-      for (int64_t ky = 0; ky < kernel; ++ky) {
-        for (int64_t c = block; c < std::min(block + lanes, cin); c += step) {
-          for (int64_t kx = 0; kx < kernel; ++kx, to += n) {
-            for (int64_t lane = 0; lane < std::min(n, cout - first); ++lane) {
-              const float* channels = weight + ((first + lane) * cin + c) * taps + ky * kernel + kx;
-              if (precision == Precision::float32) {
-                to[lane] = *channels;
-              } else {
-                const uint16_t pair[] = {to_bfloat16(*channels),
-                                         c + 1 < cin ? to_bfloat16(channels[taps]) : uint16_t{0}};
-                std::memcpy(to + lane, pair, sizeof(pair));
-              }
+      const int64_t words = conv.tiles ? lanes / step : (std::min(lanes, cin - block) + step - 1) / step;
+      for (int64_t ky = 0; ky < kernel; ++ky, to += words * kernel * n) {
+        for (int64_t i = 0; i < words * kernel; ++i) {
+          const int64_t word = conv.tiles ? i % words : i / kernel, kx = conv.tiles ? i / words : i % kernel;
+          const int64_t c = block + word * step;
+          if (c >= cin) continue;
+          for (int64_t lane = 0; lane < std::min(n, cout - first); ++lane) {
+            const float* channels = weight + ((first + lane) * cin + c) * taps + ky * kernel + kx;
+            if (precision == Precision::float32) {
+              to[i * n + lane] = *channels;
+            } else {
+              const uint16_t pair[] = {to_bfloat16(*channels),
+                                       c + 1 < cin ? to_bfloat16(channels[taps]) : uint16_t{0}};
+              std::memcpy(to + i * n + lane, pair, sizeof(pair));
             }
           }
         }
@@ -106,7 +113,8 @@ void PackedPlan::measure() {
     bytes = std::max(bytes, whole_lines(elements * element_bytes));
   };
   const auto map = [&](int64_t& bytes, int64_t channels, int64_t height, int64_t width) {
-    grow(bytes, vectors(channels) * conv.lanes * (height + 2) * (width + 2), element_bytes());
+    const int64_t pixels = vectors(channels) * (height + 2) * (width + 2) + kSlackPixels;
+    grow(bytes, pixels * conv.lanes, element_bytes());
   };
   const auto state = [&](int64_t channels, int64_t height, int64_t width) {
     map(state_bytes_, channels, height, width);

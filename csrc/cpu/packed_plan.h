@@ -29,7 +29,7 @@ class AlignedFloats {
 struct PackedConv {
   const void* weight;
   const float* bias;
-  int64_t cin, vectors, kernel;
+  int64_t cin, cout, vectors, kernel;
 };
 
 struct PackedBlock {

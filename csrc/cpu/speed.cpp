@@ -59,11 +59,12 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
   const int64_t vectors = (channels + functions.lanes - 1) / functions.lanes;
   const int64_t row = (width + 2) * functions.lanes, plane = (height + 2) * row;
   const int64_t pixel_floats = functions.lanes / functions.word_channels;
-  const int64_t words = (channels + functions.word_channels - 1) / functions.word_channels;
+  const int64_t read = functions.tiles ? vectors * functions.lanes : channels;
+  const int64_t words = (read + functions.word_channels - 1) / functions.word_channels;
   const AlignedFloats weight(vectors * functions.lanes * words * 9), bias(vectors * functions.lanes);
   std::deque<AlignedFloats> maps;
   for (int i = 0; i < 2 * threads; ++i)
-    maps.emplace_back(vectors * (height + 2) * (width + 2) * pixel_floats);
+    maps.emplace_back((vectors * (height + 2) * (width + 2) + kSlackPixels) * pixel_floats);
   std::atomic<int> next{0};
   return measure(threads, seconds, 18.0 * channels * channels * height * width, [&] {
     const int i = next.fetch_add(2);
@@ -78,6 +79,7 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
     conv.stride = 1;
     conv.height = height;
     conv.width = width;
+    conv.cout = channels;
     conv.vectors = vectors;
     conv.residual = conv.relu = true;
     return [conv, &functions] { functions.run(conv, 0, functions.units(conv)); };

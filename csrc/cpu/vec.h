@@ -32,6 +32,14 @@ inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(value))
 // Keeps NaN.
 inline Vec relu(Vec x) { return x < Vec{} ? Vec{} : x; }
 
+// Zeros in place of all but the first n.
+inline Vec first_lanes(Vec x, int64_t n) {
+  using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < Ints{} + static_cast<int32_t>(n) ? x : Vec{};
+}
+
 // Convolutions read maps and weights in words of 4 bytes: one float32 channel, or two bfloat16 channels whose
 // products are added by one instruction.
 #ifndef SPNET_BFLOAT16

@@ -19,16 +19,11 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument("walk: " + message);
 }
 
-// One channel of a row of pixels, with zeros in the rest of its word where it has no partner.
-template <int kWordChannels, class Convert>
+// One channel of a row of pixels.
+template <class Convert>
 void put_channel(const float* from, int64_t step, int64_t width, int64_t lanes, void* to, Convert convert) {
-  using Element = decltype(convert(0.f));
-  Element word[kWordChannels] = {};
-  char* place = static_cast<char*>(to);
-  for (int64_t i = 0; i < width; ++i, place += lanes * sizeof(Element)) {
-    word[0] = convert(from[i * step]);
-    std::memcpy(place, word, sizeof(word));
-  }
+  auto* pixel = static_cast<decltype(convert(0.f))*>(to);
+  for (int64_t i = 0; i < width; ++i) pixel[i * lanes] = convert(from[i * step]);
 }
 
 // The samples of a batch and the threads that work on them.
@@ -157,16 +152,17 @@ class Walk {
     const MapView map = inside(w_.middle);
     share(plan.in_height, [&](int64_t begin, int64_t end) {
       for (int64_t y = begin; y < end; ++y) {
+        if (plan_.precision == Precision::bfloat16) {
+          char* last = at(map, (w_.middle.vectors - 1) * map.plane + y * map.row);
+          std::memset(last, 0, plan.in_width * lanes_ * plan_.element_bytes());
+        }
         for (int64_t c = 0; c < plan.in_channels; ++c) {
           const float* from = x + c * batch.stride_c + y * batch.stride_h;
           char* to = at(map, c / lanes_ * map.plane + y * map.row + c % lanes_);
           if (plan_.precision == Precision::float32) {
-            put_channel<1>(from, batch.stride_w, plan.in_width, lanes_, to,
-                           [](float value) { return value; });
-          } else if (c % 2 == 0 && c + 1 == plan.in_channels) {
-            put_channel<2>(from, batch.stride_w, plan.in_width, lanes_, to, to_bfloat16);
+            put_channel(from, batch.stride_w, plan.in_width, lanes_, to, [](float value) { return value; });
           } else {
-            put_channel<1>(from, batch.stride_w, plan.in_width, lanes_, to, to_bfloat16);
+            put_channel(from, batch.stride_w, plan.in_width, lanes_, to, to_bfloat16);
           }
         }
       }
@@ -185,6 +181,7 @@ class Walk {
     work.stride = stride;
     work.height = out.height;
     work.width = out.width;
+    work.cout = conv.cout;
     work.vectors = conv.vectors;
     work.residual = residual;
     work.relu = relu;

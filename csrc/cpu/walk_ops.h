@@ -39,7 +39,7 @@ struct WalkOps {
   namespace level {              \
   extern const WalkOps walk_ops; \
   }
-SPNET_FOR_EACH_LEVEL(SPNET_DECLARE)
+SPNET_FOR_EACH_BUILD(SPNET_DECLARE)
 SPNET_DECLARE(avx512_bf16)
 #undef SPNET_DECLARE
 
