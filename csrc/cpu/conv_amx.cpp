@@ -86,23 +86,28 @@ using Multiply = decltype(&multiply<1>);
 constexpr Multiply kMultiply[] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>};
 
 // Pixels [x, end) of row y, from their sums.
-template <bool kResidual>
+template <bool kResidual, bool kRowSums>
 void finish(const Conv& conv, int64_t vector, int64_t y, int64_t x, int64_t end, const float* sums) {
   const Vec bias = load(conv.bias + vector * kLanes);
   Element* to =
       static_cast<Element*>(conv.out.data) + vector * conv.out.plane + y * conv.out.row + x * kLanes;
-  float* row_sum = conv.row_sums == nullptr ? nullptr : conv.row_sums + (y * conv.vectors + vector) * kLanes;
-  Vec sum = row_sum == nullptr || x == 0 ? Vec{} : load(row_sum);
+  const int64_t channels = conv.cout - vector * kLanes;
+  float* row_sum = kRowSums ? conv.row_sums + (y * conv.vectors + vector) * kLanes : nullptr;
+  Vec sum = kRowSums && x > 0 ? load(row_sum) : Vec{};
   for (; x < end; ++x, sums += kLanes, to += kLanes) {
     Vec value = load(sums) + bias;
     if (kResidual) value += load_elements(to);
     if (conv.relu) value = relu(value);
-    value = first_lanes(value, conv.cout - vector * kLanes);
+    if (channels < kLanes) value = first_lanes(value, channels);
     store_elements(to, value);
-    sum += value;
+    if (kRowSums) sum += value;
   }
-  if (row_sum != nullptr) store(row_sum, sum);
+  if (kRowSums) store(row_sum, sum);
 }
+
+using Finish = decltype(&finish<false, false>);
+constexpr Finish kFinish[2][2] = {{finish<false, false>, finish<false, true>},
+                                  {finish<true, false>, finish<true, true>}};
 
 // Rows [begin, end) of one vector of output channels.
 void run_rows(const Conv& conv, int64_t vector, int64_t begin, int64_t end) {
@@ -113,6 +118,7 @@ void run_rows(const Conv& conv, int64_t vector, int64_t begin, int64_t end) {
   const int64_t last = (end - 1) * pitch + conv.width;
   int64_t pixel = begin * pitch, tiles = (last - pixel + kTile - 1) / kTile;
   alignas(64) float sums[kTiles * kTile * kLanes];
+  const Finish finish = kFinish[conv.residual][conv.row_sums != nullptr];
   for (int64_t chunks = (tiles + kTiles - 1) / kTiles; chunks > 0; --chunks) {
     const int64_t count = tiles / chunks;
     tiles -= count;
@@ -128,8 +134,7 @@ void run_rows(const Conv& conv, int64_t vector, int64_t begin, int64_t end) {
       const int64_t y = pixel / pitch, x = pixel % pitch;
       const int64_t n = pitch - x < stop - pixel ? pitch - x : stop - pixel;
       const int64_t row_end = x + n < conv.width ? x + n : conv.width;
-      if (y < end && x < row_end)
-        (conv.residual ? finish<true> : finish<false>)(conv, vector, y, x, row_end, from);
+      if (y < end && x < row_end) finish(conv, vector, y, x, row_end, from);
       pixel += n;
       from += n * kLanes;
     }
@@ -155,8 +160,8 @@ float multiply_only(int64_t repetitions) {
 #define SPNET_ZERO_ALL(i) _tile_zero(i);
   SPNET_ZERO_ALL(0)
   SPNET_ZERO_ALL(1)
-  SPNET_ZERO_ALL(2) SPNET_ZERO_ALL(3) SPNET_ZERO_ALL(4)
-      SPNET_ZERO_ALL(5) for (int64_t n = 0; n < repetitions; ++n) {
+  SPNET_ZERO_ALL(2)
+  SPNET_ZERO_ALL(3) SPNET_ZERO_ALL(4) SPNET_ZERO_ALL(5) for (int64_t n = 0; n < repetitions; ++n) {
 #define SPNET_PRODUCT(i) _tile_dpbf16ps(i, 4, 5);
     SPNET_PRODUCT(0) SPNET_PRODUCT(1) SPNET_PRODUCT(2) SPNET_PRODUCT(3)
   }

@@ -13,6 +13,10 @@ namespace {
 
 constexpr int64_t kLineBytes = 64;
 
+// Of one thread, to leave room in its core's cache for the weights of a block.
+constexpr int64_t kWorkspaceBytes = 768 << 10;
+constexpr int64_t kMostSamples = 8;
+
 int64_t whole_lines(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
 
 }  // namespace
@@ -130,21 +134,29 @@ void PackedPlan::measure() {
   }
 }
 
+int64_t PackedPlan::workspace_samples() const {
+  const int64_t fitting = (kWorkspaceBytes - middle_bytes_ - hidden_bytes_) / sample_bytes();
+  return std::clamp<int64_t>(fitting, 1, kMostSamples);
+}
+
 int64_t PackedPlan::workspace_bytes() const {
-  return 2 * state_bytes_ + middle_bytes_ + sums_bytes_ + pooled_bytes_ + hidden_bytes_;
+  return middle_bytes_ + hidden_bytes_ + workspace_samples() * sample_bytes();
 }
 
 std::unique_ptr<Workspace> PackedPlan::make_workspace() const {
   std::unique_ptr<Workspace> result(
-      new Workspace{AlignedFloats(workspace_bytes() / sizeof(float)), {}, {}, {}, {}, {}, {}});
+      new Workspace{AlignedFloats(workspace_bytes() / sizeof(float)), {}, {}, {}});
   float* next = result->memory.get();
   const auto take = [&](int64_t bytes) { return std::exchange(next, next + bytes / sizeof(float)); };
-  result->state.data = take(state_bytes_);
-  result->spare.data = take(state_bytes_);
   result->middle.data = take(middle_bytes_);
-  result->row_sums = take(sums_bytes_);
-  result->pooled = take(pooled_bytes_);
   result->hidden = take(hidden_bytes_);
+  result->samples.resize(workspace_samples());
+  for (Workspace::Sample& sample : result->samples) {
+    sample.state.data = take(state_bytes_);
+    sample.spare.data = take(state_bytes_);
+    sample.row_sums = take(sums_bytes_);
+    sample.pooled = take(pooled_bytes_);
+  }
   return result;
 }
 

@@ -46,13 +46,19 @@ struct MapBuffer {
   int64_t vectors = 0, height = 0, width = 0;
 };
 
-// What one walk writes to: in cache as long as the maps are small.
+// What one thread writes to: in cache as long as the maps are small. It takes several samples through a block
+// before the next, so that the weights come from its own cache for all but the first.
 struct Workspace {
+  struct Sample {
+    MapBuffer state, spare;
+    float* row_sums;
+    float* pooled;
+  };
+
   AlignedFloats memory;
-  MapBuffer state, spare, middle;
-  float* row_sums;
-  float* pooled;
+  MapBuffer middle;
   float* hidden;
+  std::vector<Sample> samples;
 };
 
 class PackedPlan {
@@ -72,6 +78,7 @@ class PackedPlan {
 
   int64_t element_bytes() const { return 4 / conv.word_channels; }
   int64_t workspace_bytes() const;
+  int64_t workspace_samples() const;
 
   // `count` workspaces, kept for the next call after they are given back.
   std::vector<std::unique_ptr<Workspace>> take_workspaces(int64_t count) const;
@@ -84,6 +91,7 @@ class PackedPlan {
   const float* pack_linear_weight(const float* weight, int64_t outputs, int64_t inputs);
   PackedConv pack(const float* floats, const PlanConv& conv, int64_t kernel);
   void measure();
+  int64_t sample_bytes() const { return 2 * state_bytes_ + sums_bytes_ + pooled_bytes_; }
   std::unique_ptr<Workspace> make_workspace() const;
 
   std::vector<AlignedFloats> packed_;

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
-#ifdef SPNET_BFLOAT16
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -30,7 +30,14 @@ inline Vec load(const float* from) {
 inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(value)); }
 
 // Keeps NaN.
-inline Vec relu(Vec x) { return x < Vec{} ? Vec{} : x; }
+inline Vec relu(Vec x) {
+#ifdef __AVX512F__
+  // The second where one is NaN. Without a mask GCC 12 warns of a value in its own header.
+  return (Vec)_mm512_maskz_max_ps(0xffff, __m512{}, (__m512)x);
+#else
+  return x < Vec{} ? Vec{} : x;
+#endif
+}
 
 // Zeros in place of all but the first n.
 inline Vec first_lanes(Vec x, int64_t n) {
@@ -66,9 +73,9 @@ inline Vec add_products(Vec sum, Vec word, Vec weights) {
 
 inline Vec load_elements(const uint16_t* from) {
   using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
-  uint16_t __attribute__((vector_size(2 * kLanes))) halves;
+  __m256i halves;
   std::memcpy(&halves, from, sizeof(halves));
-  return (Vec)(__builtin_convertvector(halves, Words) << 16);
+  return (Vec)((Words)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
 }
 
 inline void store_elements(uint16_t* to, Vec value) {

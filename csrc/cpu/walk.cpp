@@ -26,26 +26,26 @@ void put_channel(const float* from, int64_t step, int64_t width, int64_t lanes, 
   for (int64_t i = 0; i < width; ++i) pixel[i * lanes] = convert(from[i * step]);
 }
 
-// The samples of a batch and the threads that work on them.
+// The groups of samples of a batch and the threads that work on them.
 class Crew {
  public:
-  explicit Crew(int64_t samples, int64_t threads)
-      : samples_(samples), drivers_(std::min(samples, threads)), teams_(drivers_) {}
+  explicit Crew(int64_t groups, int64_t threads)
+      : groups_(groups), drivers_(std::min(groups, threads)), teams_(drivers_) {}
 
   int64_t drivers() const { return drivers_; }
 
-  // Takes the next sample; -1 if there is none.
+  // Takes the next group; -1 if there is none.
   int64_t next() {
-    const int64_t sample = next_.fetch_add(1, std::memory_order_relaxed);
-    return sample < samples_ ? sample : -1;
+    const int64_t group = next_.fetch_add(1, std::memory_order_relaxed);
+    return group < groups_ ? group : -1;
   }
 
-  // A number of its own, below drivers(), for each thread that has a sample.
+  // A number of its own, below drivers(), for each thread that has a group.
   int64_t join() { return joined_.fetch_add(1, std::memory_order_relaxed); }
 
   void finish() { finished_.fetch_add(1, std::memory_order_release); }
 
-  // Calls function on ranges that cover [0, units), with the threads that have no sample of their own.
+  // Calls function on ranges that cover [0, units), with the threads that have no group of their own.
   template <class Function>
   void share(int64_t driver, int64_t units, const Function& function) {
     const int64_t idle = idle_.load(std::memory_order_relaxed);
@@ -53,16 +53,16 @@ class Crew {
       function(int64_t{0}, units);
       return;
     }
-    const int64_t active = samples_ - finished_.load(std::memory_order_relaxed);  // this one, at least
+    const int64_t active = groups_ - finished_.load(std::memory_order_relaxed);  // this one, at least
     teams_[driver].run(units, 1 + (idle + active - 1) / active, function);
   }
 
-  // By a thread that found no sample: helps the others until all have finished.
+  // By a thread that found no group: helps the others until all have finished.
   void help() {
     const int64_t number = idle_.fetch_add(1, std::memory_order_relaxed);
     const int64_t first = number % drivers_;
     const int preferred = static_cast<int>(std::min<int64_t>(1 + number / drivers_, Team::kMaxParts - 1));
-    for (Spin spin; finished_.load(std::memory_order_acquire) < samples_;) {
+    for (Spin spin; finished_.load(std::memory_order_acquire) < groups_;) {
       bool helped = false;
       for (int64_t i = 0; i < drivers_ && !helped; ++i) {
         helped = teams_[(first + i) % drivers_].help(preferred);
@@ -76,7 +76,7 @@ class Crew {
   }
 
  private:
-  const int64_t samples_, drivers_;
+  const int64_t groups_, drivers_;
   std::vector<Team> teams_;
   alignas(64) std::atomic<int64_t> next_{0};
   std::atomic<int64_t> joined_{0};
@@ -87,22 +87,31 @@ class Crew {
 // One sample on its way through the blocks.
 class Walk {
  public:
-  Walk(const PackedPlan& plan, Workspace& workspace, Crew& crew, int64_t driver)
-      : plan_(plan), lanes_(plan.conv.lanes), w_(workspace), crew_(crew), driver_(driver) {}
+  Walk(const PackedPlan& plan, Workspace& workspace, int64_t place, Crew& crew, int64_t driver)
+      : plan_(plan),
+        lanes_(plan.conv.lanes),
+        w_(workspace.samples[place]),
+        middle_(workspace.middle),
+        hidden_(workspace.hidden),
+        crew_(crew),
+        driver_(driver) {}
 
-  void run(const WalkBatch& batch, int64_t sample) {
-    const int64_t n_blocks = plan_.blocks.size();
-    const uint8_t* path = batch.paths == nullptr ? nullptr : batch.paths + sample * n_blocks;
-    uint8_t* decisions = batch.decisions + sample * n_blocks;
+  void enter(const WalkBatch& batch, int64_t sample) {
     load(batch, batch.x + sample * batch.stride_n);
     shape(w_.state, plan_.stem.vectors, plan_.plan.in_height, plan_.plan.in_width);
-    run_conv(plan_.stem, 1, w_.middle, w_.state, false, true, true);
+    run_conv(plan_.stem, 1, middle_, w_.state, false, true, true);
     pooled_ = false;
-    for (int64_t i = 0; i < n_blocks; ++i) {
-      const PackedBlock& block = plan_.blocks[i];
-      decisions[i] = path == nullptr ? decide(block, batch.threshold) : path[i] != 0;
-      run_block(block, decisions[i]);
-    }
+  }
+
+  void pass(const WalkBatch& batch, int64_t sample, int64_t number) {
+    const PackedBlock& block = plan_.blocks[number];
+    const int64_t place = sample * plan_.blocks.size() + number;
+    const bool execute = batch.paths == nullptr ? decide(block, batch.threshold) : batch.paths[place] != 0;
+    batch.decisions[place] = execute;
+    run_block(block, execute);
+  }
+
+  void leave(const WalkBatch& batch, int64_t sample) {
     pool();
     plan_.ops.linear(plan_.head, w_.pooled, batch.logits + sample * plan_.plan.num_classes);
   }
@@ -148,12 +157,12 @@ class Walk {
 
   void load(const WalkBatch& batch, const float* x) const {
     const Plan& plan = plan_.plan;
-    shape(w_.middle, (plan.in_channels + lanes_ - 1) / lanes_, plan.in_height, plan.in_width);
-    const MapView map = inside(w_.middle);
+    shape(middle_, (plan.in_channels + lanes_ - 1) / lanes_, plan.in_height, plan.in_width);
+    const MapView map = inside(middle_);
     share(plan.in_height, [&](int64_t begin, int64_t end) {
       for (int64_t y = begin; y < end; ++y) {
         if (plan_.precision == Precision::bfloat16) {
-          char* last = at(map, (w_.middle.vectors - 1) * map.plane + y * map.row);
+          char* last = at(map, (middle_.vectors - 1) * map.plane + y * map.row);
           std::memset(last, 0, plan.in_width * lanes_ * plan_.element_bytes());
         }
         for (int64_t c = 0; c < plan.in_channels; ++c) {
@@ -215,8 +224,8 @@ class Walk {
 
   bool decide(const PackedBlock& block, float threshold) {
     pool();
-    plan_.ops.linear(block.router, w_.pooled, w_.hidden);
-    return plan_.ops.margin(w_.hidden, block.router_weight2, block.router_bias2, block.router.outputs) >
+    plan_.ops.linear(block.router, w_.pooled, hidden_);
+    return plan_.ops.margin(hidden_, block.router_weight2, block.router_bias2, block.router.outputs) >
            threshold;
   }
 
@@ -234,16 +243,18 @@ class Walk {
       }
     }
     if (execute) {
-      shape(w_.middle, block.conv1.vectors, size.out_height, size.out_width);
-      run_conv(block.conv1, size.stride, w_.state, w_.middle, false, true, false);
-      run_conv(block.conv2, 1, w_.middle, identity ? w_.state : w_.spare, true, true, true);
+      shape(middle_, block.conv1.vectors, size.out_height, size.out_width);
+      run_conv(block.conv1, size.stride, w_.state, middle_, false, true, false);
+      run_conv(block.conv2, 1, middle_, identity ? w_.state : w_.spare, true, true, true);
     }
     if (!identity) std::swap(w_.state, w_.spare);
   }
 
   const PackedPlan& plan_;
   const int64_t lanes_;
-  Workspace& w_;
+  Workspace::Sample& w_;
+  MapBuffer& middle_;
+  float* const hidden_;
   Crew& crew_;
   const int64_t driver_;
   bool pooled_ = false;  // w_.pooled is that of w_.state
@@ -258,19 +269,29 @@ void walk(const PackedPlan& plan, const WalkBatch& batch, int threads) {
   require(batch.x != nullptr, "x: null pointer");
   require(batch.logits != nullptr, "logits: null pointer");
   require(batch.decisions != nullptr || plan.blocks.empty(), "decisions: null pointer");
+  // Large enough to reuse weights, small enough that all threads end together.
+  const int64_t share = batch.size / (2 * int64_t{threads});
+  const int64_t size = std::clamp<int64_t>(share, 1, plan.workspace_samples());
+  const int64_t groups = (batch.size + size - 1) / size;
   // Threads beyond what all teams can use would only wait.
-  const int64_t workers = threads / Team::kMaxParts < batch.size ? threads : batch.size * Team::kMaxParts;
-  Crew crew(batch.size, workers);
+  const int64_t workers = threads / Team::kMaxParts < groups ? threads : groups * Team::kMaxParts;
+  Crew crew(groups, workers);
   std::vector<std::unique_ptr<Workspace>> workspaces = plan.take_workspaces(crew.drivers());
-  // Each range is a worker. The first to come take the samples.
+  // Each range is a worker. The first to come take the groups.
   parallel_for(workers, 1, static_cast<int>(workers), [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      int64_t sample = crew.next();
-      if (sample >= 0) {
+      int64_t group = crew.next();
+      if (group >= 0) {
         const int64_t driver = crew.join();
-        Walk walk(plan, *workspaces[driver], crew, driver);
-        for (; sample >= 0; sample = crew.next()) {
-          walk.run(batch, sample);
+        std::vector<Walk> walks;
+        for (int64_t i = 0; i < size; ++i) walks.emplace_back(plan, *workspaces[driver], i, crew, driver);
+        for (; group >= 0; group = crew.next()) {
+          const int64_t first = group * size, n = std::min(size, batch.size - first);
+          for (int64_t i = 0; i < n; ++i) walks[i].enter(batch, first + i);
+          for (size_t block = 0; block < plan.blocks.size(); ++block) {
+            for (int64_t i = 0; i < n; ++i) walks[i].pass(batch, first + i, block);
+          }
+          for (int64_t i = 0; i < n; ++i) walks[i].leave(batch, first + i);
           crew.finish();
         }
       }
