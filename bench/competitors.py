@@ -1,4 +1,4 @@
-"""What a CPU user would run instead of ``walk``, each set up as well as its users would.
+"""What a user would run instead of spnet, each set up as well as its users would.
 
 Everyone runs one network with one set of forced paths. Engines get :class:`FoldedNetwork`, without routers and with
 BatchNorm folded: generous to them, since the masked network would also pay for its routers. Converting the inputs
@@ -31,7 +31,9 @@ class Competitor(NamedTuple):
     """One rival. ``bind(x, paths)`` gives the call that is timed."""
 
     bind: Bind
-    kind: str  # "masked" computes everything and masks; "dense" leaves out even the masks; "skips" skips
+    # "masked" computes everything and masks; "dense" leaves out even the masks; "skips" skips; "static" is another
+    # network, with logits of its own
+    kind: str
 
 
 class FoldedNetwork(nn.Module):
@@ -91,8 +93,8 @@ def competitors(model: nn.Module, batch: int, dtype: torch.dtype) -> tuple[dict[
     found = {
         "eager": Competitor(_execution(model, "masked", torch.contiguous_format), "masked"),
         "channels_last": Competitor(_execution(model, "masked", torch.channels_last), "masked"),
-        # Gather, compute, scatter; at B=1 this is a Python `if` in front of every body.
         "routed": Competitor(_execution(model, "routed", torch.channels_last), "skips"),
+        "naive": Competitor(_naive(model, dtype), "skips"),
     }
     absent = {}
     makers = {
@@ -111,6 +113,24 @@ def competitors(model: nn.Module, batch: int, dtype: torch.dtype) -> tuple[dict[
     return found, absent
 
 
+# Pairs of networks of which the second costs what half of the first's blocks cost.
+_HALF = {"resnet110_cifar": "resnet56_cifar"}
+
+
+def static_of_half_the_cost(name: str, batch: int, dtype: torch.dtype) -> dict[str, Competitor]:
+    """The static network that a user could deploy instead of skipping half of ``name``, by the compiled engines."""
+    if name not in _HALF:
+        return {}
+    model = spnet.create_model(_HALF[name]).eval().to(dtype)
+    found = {}
+    for engine, make in {"compile": _compiled, "openvino": _openvino}.items():
+        try:
+            found[f"{engine} {_HALF[name]}"] = Competitor(make(model, batch, dtype, False), "static")
+        except Absent:
+            continue
+    return found
+
+
 class Absent(Exception):
     """A rival that cannot run here; the message says why."""
 
@@ -121,6 +141,30 @@ def _execution(model: nn.Module, impl: str, memory_format: torch.memory_format) 
 
     def bind(x: Tensor, paths: Tensor) -> Call:
         return partial(spnet.fast_forward, model, x.contiguous(memory_format=memory_format), impl=impl, paths=paths)
+
+    return bind
+
+
+def _naive(model: nn.Module, dtype: torch.dtype) -> Bind:
+    """What is written first: nonzero, index_select, index_copy; at B=1 a Python `if` in front of every body."""
+    network = FoldedNetwork(model, dtype).eval().to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def run(x: Tensor, paths: Tensor) -> Tensor:
+        x = network.stem(x)
+        for body, shortcut, decisions in zip(network.bodies, network.shortcuts, paths.T, strict=True):
+            y = shortcut(x)
+            if len(x) == 1:
+                if decisions.item():
+                    y = y + body(x)
+            else:
+                index = decisions.nonzero().squeeze(1)
+                y = y.index_copy(0, index, y.index_select(0, index) + body(x.index_select(0, index)))
+            x = F.relu(y)
+        return network.head(x.mean((2, 3)))
+
+    def bind(x: Tensor, paths: Tensor) -> Call:
+        return partial(run, x.contiguous(memory_format=torch.channels_last), paths)
 
     return bind
 

@@ -8,6 +8,10 @@ import spnet
 _LINES = pytest.StashKey[list[str]]()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="benchmarks: every cell, not only those of ten minutes")
+
+
 def pytest_configure(config):
     config.stash[_LINES] = []
 

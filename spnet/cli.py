@@ -1,8 +1,11 @@
-"""The ``spnet`` command: demo, train, eval, paths, info."""
+"""The ``spnet`` command: demo, train, eval, paths, bench, info."""
 
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+import tempfile
 import typing
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import click
 import torch
 
 import spnet
+from spnet.analysis import benchmarks
 from spnet.analysis.macs import count_macs, format_macs
 from spnet.analysis.pictures import write_pictures
 from spnet.api import IMPLEMENTATIONS
@@ -156,6 +160,54 @@ def paths(model: str, data: str, data_root: str | None, batch_size: int, limit: 
     click.echo(stats)
     for path in write_pictures(stats, images.images.permute(0, 2, 3, 1), out):
         click.echo(path)
+
+
+@main.command()
+@click.option("--quick/--full", default=True, help="Ten minutes on two CPU cores, or every cell.")
+@click.option("--out", type=click.Path(path_type=Path), default="bench/results", help="Folder for the result files.")
+@click.option("--name", help="Of the result files, by convention device-date; default: the processor and today.")
+@click.option("--compare", type=click.Path(exists=True), nargs=2, help="Two result files: shows what became slower.")
+@click.option("--readme", type=click.Path(exists=True, path_type=Path), help="Only write the results in --out into it.")
+def bench(quick: bool, out: Path, name: str | None, compare: tuple[str, str] | None, readme: Path | None) -> None:
+    """Measure skipping against what a user could run instead: table, JSON and figures.
+
+    Runs `pytest bench/ --benchmark-only` of a checkout of spnet.
+
+    \b
+    Example:
+      spnet bench --out results
+      spnet bench --compare before.json after.json
+    """
+    if compare:
+        click.echo(benchmarks.compare(*map(benchmarks.load, compare)))
+        return
+    if readme:
+        link = out.resolve().relative_to(readme.resolve().parent).as_posix()
+        readme.write_text(benchmarks.update_readme(readme.read_text(), out, link))
+        return
+    suites = Path(spnet.__file__).resolve().parents[1] / "bench"
+    if not (suites / "conftest.py").exists():
+        raise click.ClickException(f"bench: {suites} is not there; the benchmarks need a checkout of spnet")
+    options = [] if quick else ["--full"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "benchmark.json"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(suites),
+            "--benchmark-only",
+            f"--benchmark-json={file}",
+            *options,
+        ]
+        failed = subprocess.run(command).returncode
+        if not file.exists():
+            raise click.ClickException("bench: pytest measured nothing")
+        results = benchmarks.collect(file, f"spnet bench --{'quick' if quick else 'full'}")
+    for path in benchmarks.write(results, out, name or benchmarks.default_name(results)):
+        click.echo(path)
+    if failed:
+        raise click.ClickException("bench: a cell failed, see above; what the others measured is written")
 
 
 @main.command()

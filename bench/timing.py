@@ -1,0 +1,65 @@
+"""Clocks: rivals take turns, so that whatever the machine does meanwhile happens to all of them."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+def take_turns(calls: dict[str, Callable], seconds: float = 15.0) -> dict[str, list[float]]:
+    """Seconds of every call, measured in rounds in which each has its turn.
+
+    Between turns nobody runs: the threads of several rivals spin for a while after their work, which would fall on
+    whoever comes next.
+    """
+    once = {}
+    for name, call in calls.items():
+        call()
+        once[name] = _clock(call)
+    repeats = {name: max(1, min(20, int(0.02 / t))) for name, t in once.items()}
+    rounds = max(5, min(100, int(seconds / sum(0.02 + repeats[name] * t for name, t in once.items()))))
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            time.sleep(0.02)
+            times[name] += [_clock(call) for _ in range(repeats[name])]
+    return times
+
+
+def minima(calls: dict[str, Callable], seconds: float = 15.0) -> dict[str, float]:
+    return {name: min(t) for name, t in take_turns(calls, seconds).items()}
+
+
+def in_rotation(calls: Iterable[Callable]) -> Callable:
+    """Each call of the result is the next of ``calls``: inputs that change flatter neither cache nor branches."""
+    following = itertools.cycle(calls)
+    return lambda: next(following)()
+
+
+def _clock(call: Callable) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    call()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def copy_gbytes(megabytes: int = 256, device: str = "cpu") -> float:
+    """GB/s that a copy of a large tensor reads and writes: the limit of whatever moves samples."""
+    source = torch.ones(megabytes << 18, device=device)
+    target = torch.empty_like(source)
+    best = min(_clock(lambda: target.copy_(source)) for _ in range(9))
+    return 2 * source.nbytes / best / 1e9
+
+
+def matmul_gflops(dtype: torch.dtype, size: int = 8192) -> float:
+    """GFLOP/s of a large matrix product on the GPU: the limit of its convolutions."""
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    best = min(_clock(lambda: a @ b) for _ in range(9))
+    return 2 * size**3 / best / 1e9

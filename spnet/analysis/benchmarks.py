@@ -1,0 +1,340 @@
+"""What `pytest bench/` measured, as a table, as figures, and beside an earlier measurement.
+
+A result file is JSON: ``machine`` (what it was measured on), ``date``, ``command``, and ``cells``, each the
+``extra_info`` of one benchmark together with its ``name`` and ``group``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from spnet.analysis.macs import align
+from spnet.analysis.pictures import BLUE, DPI, GREY, RED, WIDTH
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+_MACHINE = ["cpu", "device", "cpu_level", "threads", "torch", "triton", "compiler"]
+
+
+def collect(benchmark_json: str | Path, command: str) -> dict:
+    """The result file's content from what ``pytest --benchmark-json`` wrote.
+
+    Raises:
+        ValueError: a file that is something else.
+    """
+    try:
+        raw = json.loads(Path(benchmark_json).read_text())
+        info = raw["machine_info"]
+        machine = {**info, "cpu": info["cpu"].get("brand_raw", info["processor"])}
+        cells = [{"name": b["name"], "group": b["group"], **b["extra_info"]} for b in raw["benchmarks"]]
+        return {
+            "machine": {key: machine[key] for key in _MACHINE if machine.get(key) is not None},
+            "date": raw["datetime"][:10],
+            "command": command,
+            "cells": sorted(cells, key=lambda cell: cell["group"]),
+        }
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{benchmark_json}: not what pytest --benchmark-json writes ({e!r})") from e
+
+
+def default_name(results: dict) -> str:
+    """``device-date``, for file names."""
+    device = results["machine"].get("device", results["machine"]["cpu"])
+    return re.sub(r"[^a-z0-9]+", "-", f"{device} {results['date']}".lower()).strip("-")
+
+
+def load(path: str | Path) -> dict:
+    """Read a result file.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no result file.
+    """
+    try:
+        results = json.loads(Path(path).read_text())
+        if not {"machine", "date", "cells"} <= results.keys():
+            raise ValueError("it lacks machine, date or cells")
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{path}: no result file of spnet bench ({e})") from e
+    return results
+
+
+def _forward(results: dict) -> list[dict]:
+    return [cell for cell in results["cells"] if cell["group"].startswith("forward, ")]
+
+
+def _ours(cell: dict) -> float:
+    return cell["minimum_ms"]["fast_forward"]
+
+
+def _best(cell: dict, *kinds: str) -> tuple[str, float] | None:
+    """The fastest rival of these kinds and its ms."""
+    own = ("fast_forward", "plan")
+    found = [
+        (ms, rival) for rival, ms in cell["minimum_ms"].items() if cell["kinds"][rival] in kinds and rival not in own
+    ]
+    return min(found)[::-1] if found else None
+
+
+def _describe(cell: dict) -> str:
+    return f"{cell['network']}, {cell['dtype']}, batch {cell['batch']}, {cell['executed']:.0%} executed"
+
+
+def _percent(share: float | None) -> str:
+    return "not known" if share is None else f"{share:.2%}"
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def markdown(results: dict) -> str:
+    """Everything measured as Markdown: cells against their rivals, where spnet loses, real paths, operators."""
+    machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    lines = [f"{machine}; {results['date']}; `{results['command']}`.", ""]
+    forward = _forward(results)
+    if forward:
+        lines += ["Minimum in ms; ratios are of one run. Efficiency is best dense time x executed MACs / time.", ""]
+        head = ["network, dtype, batch, executed", "by", "fast_forward", "plan", "best dense", "speed-up", "efficiency"]
+        head += ["best skipping rival", "static network of half the cost"]
+        rows = []
+        for cell in forward:
+            name, ms = _best(cell, "masked", "dense")
+            rivals = [_best(cell, kind) for kind in ("skips", "static")]
+            rows.append(
+                [
+                    _describe(cell),
+                    f"`{cell['impl']}`",
+                    f"{_ours(cell):.3g}",
+                    f"{cell['minimum_ms']['plan']:.3g}" if "plan" in cell["minimum_ms"] else "",
+                    f"{ms:.3g} ({name})",
+                    f"{ms / _ours(cell):.2f}x",
+                    f"{ms * cell['executed_macs'] / cell['dense_macs'] / _ours(cell):.0%}",
+                    *(f"{r[1]:.3g} ({r[0]})" if r else "" for r in rivals),
+                ]
+            )
+        lines += _table(head, rows)
+        lines += ["**Where spnet loses:** " + ("; ".join(losses(results)) or "in no cell of this run") + ".", ""]
+    real = [c for c in results["cells"] if c["group"].startswith("real paths")]
+    if real:
+        impls = list(real[0]["minimum_ms"])
+        head = ["real images, real paths: batch", *(f"`{impl}`, us per image" for impl in impls), "speed-up"]
+        rows = []
+        for cell in sorted(real, key=lambda c: c["batch"]):
+            per_image = [cell["minimum_ms"][impl] * 1e3 / cell["batch"] for impl in impls]
+            ratio = cell["minimum_ms"]["masked"] / cell["minimum_ms"][cell["auto"]]
+            rows.append([str(cell["batch"]), *(f"{us:.0f}" for us in per_image), f"{ratio:.2f}x"])
+        lines += _table(head, rows)
+    for cell in results["cells"]:
+        if "points" in cell:
+            head = [f"threshold ({cell['images']} test images)", "accuracy", "us per image", "executed MACs"]
+            rows = (
+                [name, _percent(p["accuracy"]), f"{p['us_per_image']:.0f}", f"{p['executed_share']:.0%}"]
+                for name, p in cell["points"].items()
+            )
+            lines += _table(head, rows)
+    others = []
+    for cell in results["cells"]:
+        for unit, limit in (("gbytes", "copy_gbytes"), ("conv_gflops", "fma_gflops")):
+            if unit in cell:
+                rate = cell[unit]["native"] if unit == "gbytes" else cell[unit]
+                what = f"{rate:.3g} {'GB/s' if unit == 'gbytes' else 'GFLOP/s'}"
+                others.append([cell["name"], what, f"{cell[limit]:.3g}", f"{rate / cell[limit]:.0%}"])
+    if others:
+        lines += _table(["operator", "reaches", "limit of the same run", "share"], others)
+    for cell in results["cells"]:
+        if cell["group"].startswith(("training", "linearity", "threads")):
+            listed = ", ".join(f"{name}: {ms:.3g} ms" for name, ms in cell["minimum_ms"].items())
+            more = "".join(f"; {key} {cell[key]:.4g}" for key in ("r2", "ratio") if key in cell)
+            lines += [f"- {cell['group']}: {listed}{more}"]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def losses(results: dict) -> list[str]:
+    """Cells in which a rival that gives the same answers is faster than ``fast_forward``."""
+    found = []
+    for cell in _forward(results):
+        name, ms = _best(cell, "masked", "dense", "skips")
+        if ms < _ours(cell):
+            found.append(f"{_describe(cell)}: {name} {ms:.3g} ms, fast_forward {_ours(cell):.3g} ms")
+    return found
+
+
+def compare(before: dict, after: dict, tolerance: float = 0.1) -> str:
+    """Cells that both runs have: the speed-up over the best dense rival of each, and what became slower.
+
+    Args:
+        tolerance: a loss of more than this share of the speed-up is a regression.
+    """
+    earlier = {_describe(cell): cell for cell in _forward(before)}
+    rows, worse = [("cell", "before", "after", "change", "")], 0
+    for cell in _forward(after):
+        name = _describe(cell)
+        if name not in earlier:
+            continue
+        a, b = (_best(c, "masked", "dense")[1] / _ours(c) for c in (earlier[name], cell))
+        slower = b < a * (1 - tolerance)
+        worse += slower
+        rows.append((name, f"{a:.2f}x", f"{b:.2f}x", f"{b / a - 1:+.0%}", "slower" if slower else ""))
+    if len(rows) == 1:
+        return "no cell is in both files"
+    return "\n".join([*align(rows), "", f"{worse} of {len(rows) - 1} cells became slower by more than {tolerance:.0%}"])
+
+
+def break_even(cells: list[dict]) -> float | None:
+    """The executed fraction at which ``fast_forward`` takes as long as the best dense rival.
+
+    Args:
+        cells: of one network, dtype and batch, at two fractions or more.
+
+    Returns:
+        The fraction, which is above 1 where even executing everything is faster; None for fewer cells.
+    """
+    if len({cell["executed"] for cell in cells}) < 2:
+        return None
+    slope, intercept = statistics.linear_regression([c["executed"] for c in cells], [_ours(c) for c in cells])
+    return (min(_best(c, "masked", "dense")[1] for c in cells) - intercept) / slope
+
+
+def figures(results: dict, folder: str | Path) -> list[Path]:
+    """Write every figure that the cells allow as PNG; returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    series: dict[tuple[str, str], dict[int, list[dict]]] = {}
+    for cell in _forward(results):
+        series.setdefault((cell["network"], cell["dtype"]), {}).setdefault(cell["batch"], []).append(cell)
+    made = {}
+    for (network, dtype), batches in series.items():
+        if any(len(cells) > 1 for cells in batches.values()):
+            made[f"time-{network}-{dtype}"] = _time_figure(network, dtype, batches)
+    if series:
+        made["speed-up"] = _speed_up_figure(series)
+    even = {f"{n}\n{d}, B={b}": break_even(cells) for (n, d), batches in series.items() for b, cells in batches.items()}
+    if any(even.values()):
+        made["break-even"] = _break_even_figure({name: x for name, x in even.items() if x is not None})
+    for cell in results["cells"]:
+        if "points" in cell:
+            made["accuracy"] = _accuracy_figure(cell)
+        if "block_us" in cell:
+            made["blocks"] = _blocks_figure(cell)
+    paths = []
+    for name, figure in made.items():
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1])
+    return paths
+
+
+def _time_figure(network: str, dtype: str, batches: dict[int, list[dict]]) -> Figure:
+    """Time against executed fraction with the ideal line, one panel per batch."""
+    fig = Figure((WIDTH, 3.2), DPI, layout="constrained")
+    for ax, (batch, cells) in zip(fig.subplots(1, len(batches), squeeze=False)[0], batches.items(), strict=True):
+        cells = sorted(cells, key=lambda c: c["executed"])
+        x = [c["executed"] for c in cells]
+        ax.plot(x, [_ours(c) for c in cells], "o-", color=BLUE, label="fast_forward")
+        dense = [_best(c, "masked", "dense")[1] for c in cells]
+        ax.plot(x, dense, "--", color=RED, label="best dense rival")
+        ax.plot(x, [c["ideal_ms"] for c in cells], ":", color=GREY, label="ideal: dense x executed MACs")
+        ax.set(title=f"batch {batch}", xlabel="executed fraction", ylim=0)
+    fig.axes[0].set_ylabel("ms")
+    fig.axes[0].legend(fontsize=8, frameon=False)
+    fig.suptitle(f"{network}, {dtype}", size=10)
+    return fig
+
+
+def _speed_up_figure(series: dict[tuple[str, str], dict[int, list[dict]]]) -> Figure:
+    """Speed-up over the best dense rival against batch, half of the block executions."""
+    fig = Figure((WIDTH, 3.2), DPI, layout="constrained")
+    ax = fig.subplots()
+    for (network, dtype), batches in series.items():
+        half = sorted((b, c) for b, cells in batches.items() for c in cells if c["executed"] == 0.5)
+        y = [_best(c, "masked", "dense")[1] / _ours(c) for _, c in half]
+        ax.plot([b for b, _ in half], y, "o-", label=f"{network}, {dtype}")
+    ax.axhline(1, color=GREY, lw=1, ls=":")
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="batch", ylabel="speed-up over the best dense rival", ylim=0)
+    ax.set_title("half of the block executions", size=10)
+    ax.legend(fontsize=8, frameon=False)
+    return fig
+
+
+def _break_even_figure(fractions: dict[str, float]) -> Figure:
+    """Executed fraction below which skipping pays, per network."""
+    fig = Figure((WIDTH, 1 + 0.42 * len(fractions)), DPI, layout="constrained")
+    ax = fig.subplots()
+    ax.barh(list(fractions), list(fractions.values()), color=BLUE)
+    ax.axvline(1, color=GREY, lw=1, ls=":")
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", labelsize=8)
+    ax.set_xlabel("executed fraction at which time equals that of the best dense rival")
+    return fig
+
+
+def _accuracy_figure(cell: dict) -> Figure:
+    """Accuracy against measured time at several router thresholds, next to the static network."""
+    fig = Figure((WIDTH, 3.6), DPI, layout="constrained")
+    ax = fig.subplots()
+    routed = {name: p for name, p in cell["points"].items() if name != "static"}
+    ax.plot([p["us_per_image"] for p in routed.values()], [p["accuracy"] for p in routed.values()], "o-", color=BLUE)
+    for name, p in routed.items():
+        ax.annotate(name, (p["us_per_image"], p["accuracy"]), (4, -11), textcoords="offset points", size=8)
+    static = cell["points"]["static"]
+    if static["accuracy"] is not None:
+        ax.plot(static["us_per_image"], static["accuracy"], "s", color=RED, label="static network")
+        ax.legend(frameon=False, fontsize=8)
+    ax.set(xlabel="us per image", ylabel=f"accuracy, {cell['images']} test images")
+    ax.set_title("one network at several router thresholds", size=10)
+    return fig
+
+
+def _blocks_figure(cell: dict) -> Figure:
+    """Time of every block and how often real images execute it, side by side."""
+    fig = Figure((WIDTH, 3.4), DPI, layout="constrained")
+    left, right = fig.subplots(1, 2)
+    x = range(len(cell["blocks"]))
+    left.bar(x, cell["block_us"], color=BLUE)
+    left.set(title="us per image where executed", xlabel="block")
+    right.bar(x, cell["rates"], color=RED)
+    right.set(title="execution rate", xlabel="block", ylim=(0, 1))
+    for ax in (left, right):
+        ax.title.set_size(10)
+        ax.set_xticks(list(x), cell["blocks"], rotation=90, size=8)
+    return fig
+
+
+def write(results: dict, folder: str | Path, name: str) -> list[Path]:
+    """Write ``name.json``, ``name.md`` and the figures in ``name/``; returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data, table = folder / f"{name}.json", folder / f"{name}.md"
+    data.write_text(json.dumps(results, indent=1) + "\n")
+    table.write_text(markdown(results))
+    return [data, table, *figures(results, folder / name)]
+
+
+def update_readme(text: str, results_folder: str | Path, link: str) -> str:
+    """``text`` with the part between its two marks generated from the newest result file.
+
+    Args:
+        text: of the README, with ``<!-- measured: begin -->`` and ``<!-- measured: end -->``.
+        results_folder: holds the result files.
+        link: how the README names that folder.
+
+    Raises:
+        ValueError: a mark is missing, or there is no result file.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README: expected {BEGIN} and {END}, once each")
+    files = sorted(Path(results_folder).glob("*.json"), key=lambda f: (load(f)["date"], f.name))
+    if not files:
+        raise ValueError(f"{results_folder}: no result files")
+    newest = files[-1]
+    pictures = sorted((newest.parent / newest.stem).glob("*.png"))
+    shown = "\n".join(f"![{p.stem}]({link}/{newest.stem}/{p.name})" for p in pictures)
+    older = ", ".join(f"[{f.stem}]({link}/{f.stem}.md)" for f in files[:-1])
+    section = markdown(load(newest)) + f"\n{shown}\n" + (f"\nOther measurements: {older}.\n" if older else "")
+    return text[: text.index(BEGIN) + len(BEGIN)] + "\n" + section + text[text.index(END) :]

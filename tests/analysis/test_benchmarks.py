@@ -1,0 +1,162 @@
+"""Tables, figures and comparisons of result files, from cells whose figures are worked out by hand."""
+
+import copy
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from spnet.analysis import benchmarks
+from spnet.cli import main
+
+
+def forward(executed: float, ours: float, dense: float, batch: int = 16) -> dict:
+    return {
+        "name": f"test_forward[{executed}]",
+        "group": f"forward, net, float32, batch {batch}, {executed:.0%} executed",
+        "network": "net",
+        "dtype": "float32",
+        "batch": batch,
+        "executed": executed,
+        "impl": "walk",
+        "minimum_ms": {"fast_forward": ours, "plan": ours / 2, "engine": dense, "naive": 3 * dense, "half": 1.0},
+        "kinds": {"fast_forward": "skips", "plan": "skips", "engine": "dense", "naive": "skips", "half": "static"},
+        "executed_macs": 100 * executed,
+        "dense_macs": 100,
+        "ideal_ms": dense * executed,
+    }
+
+
+@pytest.fixture
+def results() -> dict:
+    return {
+        "machine": {"cpu": "A Processor", "threads": 2},
+        "date": "2026-01-02",
+        "command": "spnet bench --quick",
+        "cells": [
+            forward(0.0, 1.0, 10.0),
+            forward(0.5, 4.0, 10.0),
+            forward(1.0, 7.0, 10.0),
+            forward(0.5, 8.0, 6.0, batch=1),
+            {
+                "name": "test_real_paths[B1]",
+                "group": "real paths, net",
+                "batch": 2,
+                "minimum_ms": {"masked": 6.0, "walk": 1.5},
+                "auto": "walk",
+            },
+            {
+                "name": "test_thresholds",
+                "group": "accuracy against time",
+                "images": 7,
+                "points": {
+                    "static": {"us_per_image": 50.0, "accuracy": None, "executed_share": 1.0},
+                    "0.0": {"us_per_image": 25.0, "accuracy": 0.5, "executed_share": 0.4},
+                },
+            },
+            {"name": "c", "group": "walk, convolution", "conv_gflops": 90.0, "fma_gflops": 100.0},
+            {"name": "g", "group": "rows", "gbytes": {"native": 5.0, "plain": 1.0}, "copy_gbytes": 20.0},
+            {"name": "t", "group": "training step", "minimum_ms": {"static": 1.0, "SP-Net": 2.0}},
+            {"name": "b", "group": "blocks", "blocks": ["1.0", "1.1"], "block_us": [3.0, 4.0], "rates": [0.5, 1.0]},
+        ],
+    }
+
+
+def test_table(results):
+    text = benchmarks.markdown(results)
+    # 10 ms x 50 of 100 MACs / 4 ms = 125 %
+    row = (
+        "| net, float32, batch 16, 50% executed | `walk` | 4 | 2 | 10 (engine) | 2.50x | 125% | 30 (naive) | 1 (half) |"
+    )
+    assert row in text
+    assert "cpu A Processor, threads 2; 2026-01-02; `spnet bench --quick`." in text
+    assert "| 2 | 3000 | 750 | 4.00x |" in text
+    assert "| static | not known | 50 | 100% |" in text
+    assert "| 0.0 | 50.00% | 25 | 40% |" in text
+    assert "| c | 90 GFLOP/s | 100 | 90% |" in text
+    assert "| g | 5 GB/s | 20 | 25% |" in text
+    assert "- training step: static: 1 ms, SP-Net: 2 ms" in text
+
+
+def test_losing_cells_are_named(results):
+    assert benchmarks.losses(results) == ["net, float32, batch 1, 50% executed: engine 6 ms, fast_forward 8 ms"]
+    assert "**Where spnet loses:** net, float32, batch 1" in benchmarks.markdown(results)
+    results["cells"] = results["cells"][:3]
+    assert "**Where spnet loses:** in no cell of this run." in benchmarks.markdown(results)
+
+
+def test_break_even(results):
+    # Time is 1 + 6 x executed: 10 ms are reached at 1.5.
+    assert benchmarks.break_even(results["cells"][:3]) == pytest.approx(1.5)
+    assert benchmarks.break_even(results["cells"][:1]) is None
+
+
+def test_comparison(results):
+    after = copy.deepcopy(results)
+    after["cells"][1]["minimum_ms"]["fast_forward"] = 5.0
+    text = benchmarks.compare(results, after)
+    assert "1 of 4 cells became slower by more than 10%" in text
+    line = next(line for line in text.splitlines() if "batch 16, 50%" in line)
+    assert line.split()[-4:] == ["2.50x", "2.00x", "-20%", "slower"]
+    # A machine that is slower for everyone is no regression.
+    twice = copy.deepcopy(results)
+    for cell in twice["cells"][:4]:
+        cell["minimum_ms"] = {name: 2 * ms for name, ms in cell["minimum_ms"].items()}
+    assert "0 of 4 cells" in benchmarks.compare(results, twice)
+    assert benchmarks.compare(results, {**results, "cells": []}) == "no cell is in both files"
+
+
+def test_files(results, tmp_path):
+    paths = benchmarks.write(results, tmp_path, benchmarks.default_name(results))
+    names = [p.relative_to(tmp_path).as_posix() for p in paths]
+    figures = ["time-net-float32", "speed-up", "break-even", "accuracy", "blocks"]
+    stem = "a-processor-2026-01-02"
+    assert names == [f"{stem}.json", f"{stem}.md", *(f"{stem}/{name}.png" for name in figures)]
+    assert all(p.stat().st_size > 1000 for p in paths)
+    assert benchmarks.markdown(benchmarks.load(paths[0])) == paths[1].read_text()
+
+
+def test_collect(tmp_path):
+    raw = {
+        "machine_info": {"cpu": {"brand_raw": "A"}, "processor": "x86", "threads": 2, "torch": "2", "node": "secret"},
+        "datetime": "2026-01-02T03:04:05",
+        "benchmarks": [{"name": "n", "group": "g", "extra_info": {"x": 1}, "stats": {"min": 0}}],
+    }
+    file = tmp_path / "raw.json"
+    file.write_text(json.dumps(raw))
+    got = benchmarks.collect(file, "c")
+    assert got["machine"] == {"cpu": "A", "threads": 2, "torch": "2"}
+    assert (got["date"], got["cells"]) == ("2026-01-02", [{"name": "n", "group": "g", "x": 1}])
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="not what pytest --benchmark-json writes"):
+        benchmarks.collect(file, "c")
+    with pytest.raises(ValueError, match="no result file"):
+        benchmarks.load(file)
+
+
+def test_readme(results, tmp_path):
+    folder = tmp_path / "results"
+    benchmarks.write(results, folder, "old")
+    benchmarks.write({**results, "date": "2026-01-03"}, folder, "new")
+    text = f"before\n{benchmarks.BEGIN}\nstale\n{benchmarks.END}\nafter\n"
+    got = benchmarks.update_readme(text, folder, "bench/results")
+    assert got.startswith(f"before\n{benchmarks.BEGIN}\ncpu A Processor")
+    assert got.endswith(f"{benchmarks.END}\nafter\n")
+    assert "stale" not in got
+    assert "2026-01-03" in got
+    assert "![speed-up](bench/results/new/speed-up.png)" in got
+    assert "[old](bench/results/old.md)" in got
+    assert benchmarks.update_readme(got, folder, "bench/results") == got
+    with pytest.raises(ValueError, match="README: expected"):
+        benchmarks.update_readme("", folder, "bench/results")
+
+
+def test_commands(results, tmp_path):
+    file = benchmarks.write(results, tmp_path / "results", "a")[0]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{benchmarks.BEGIN}{benchmarks.END}")
+    run = CliRunner().invoke(main, ["bench", "--compare", str(file), str(file)])
+    assert "0 of 4 cells" in run.output
+    run = CliRunner().invoke(main, ["bench", "--readme", str(readme), "--out", str(file.parent)])
+    assert run.exit_code == 0, run.output
+    assert "![blocks](results/a/blocks.png)" in readme.read_text()
