@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bind_walk.h"
+#include "bind_watch.h"
 #include "cpu/level.h"
 #include "cpu/rows.h"
 #include "cuda/tiling.h"
@@ -152,6 +153,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("cuda_status") = SPNET_CUDA_STATUS;
   bind_cpu(m);
   bind_walk(m);
+  bind_watch(m);
   bind_tiling(m.def_submodule("tiling"));
 #ifdef SPNET_CUDA_ARCHITECTURES
   m.attr("cuda_architectures") = SPNET_CUDA_ARCHITECTURES;

@@ -2,7 +2,6 @@
 
 #include <cstdint>
 
-#include "cpu/fingerprint.h"
 #include "cpu/speed.h"
 #include "cpu/walk.h"
 
@@ -50,15 +49,6 @@ void bind_walk(py::module_& m) {
       .def_property_readonly(
           "level", [](const cpu::PackedPlan& plan) { return cpu::level_name(plan.level); },
           "The instruction-set level that the weights are packed for.");
-
-  m.def(
-      "fingerprint",
-      [](Address spans, int64_t n) {
-        static_assert(sizeof(cpu::Span) == 2 * sizeof(int64_t), "read from a table of 64-bit integers");
-        return cpu::fingerprint(reinterpret_cast<const cpu::Span*>(spans), n);
-      },
-      "A number that depends on every byte of n spans of memory, a table of (address, bytes) as int64.",
-      py::arg("spans"), py::arg("n"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "fma_gflops", &cpu::fma_gflops,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from spnet.analysis.macs import count_macs
+from spnet.execution.kept import plan_of
 from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan
 from spnet.execution.routed import RoutedRun
-from spnet.execution.walk import plan_of
 from spnet.routing import RoutedBlock, RoutedSequential, Router, active
 
 IMPLEMENTATIONS = ("masked", "routed", "walk")

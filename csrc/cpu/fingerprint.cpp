@@ -1,37 +1,78 @@
 #include "fingerprint.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <stdexcept>
+
+#include "level.h"
+#include "pool.h"
 
 namespace spnet::cpu {
-
 namespace {
-constexpr int kLanes = 8;
-constexpr uint64_t kMix = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio: odd, with its bits spread
+
+// One range: large enough that taking it from the queue costs nothing, small enough to balance.
+constexpr int64_t kRangeBytes = 128 * 1024;
+
+const MixWords& mix_words() {
+  switch (level()) {
+#define SPNET_CASE(name) \
+  case Level::name:      \
+    return name::mix_words;
+    SPNET_FOR_EACH_LEVEL(SPNET_CASE)
+#undef SPNET_CASE
+  }
+  throw std::logic_error("unknown level");
+}
+
 }  // namespace
 
-uint64_t fingerprint(const Span* spans, int64_t n) {
-  uint64_t result = 0;
-  for (int64_t s = 0; s < n; ++s) {
-    uint64_t values[kLanes] = {}, places[kLanes] = {}, words[kLanes];
-    const char* p = static_cast<const char*>(spans[s].data);
-    int64_t left = spans[s].bytes;
-    for (; left >= int64_t{sizeof words}; left -= sizeof words, p += sizeof words) {
-      std::memcpy(words, p, sizeof words);
-      for (int i = 0; i < kLanes; ++i) {
-        values[i] += words[i];
-        places[i] += values[i];
-      }
+Fingerprint::Fingerprint(const Span* spans, int64_t n, int threads) : mix_(mix_words()) {
+  if (n < 0 || (n > 0 && spans == nullptr))
+    throw std::invalid_argument("spans: a null pointer or fewer than 0");
+  int64_t room = 0;
+  for (Span left : std::vector<Span>(spans, spans + n)) {
+    if (left.bytes < 0 || (left.bytes > 0 && left.data == nullptr)) {
+      throw std::invalid_argument("spans: a null pointer or fewer than 0 bytes");
     }
-    std::memset(words, 0, sizeof words);
-    if (left > 0) std::memcpy(words, p, left);
-    for (int i = 0; i < kLanes; ++i) {
-      values[i] += words[i];
-      places[i] += values[i];
-      result = (result ^ values[i]) * kMix;
-      result = (result ^ places[i]) * kMix;
+    while (left.bytes > 0) {
+      if (room == 0) {
+        ends_.push_back(spans_.size());
+        room = kRangeBytes;
+      }
+      const int64_t bytes = std::min(left.bytes, room);
+      spans_.push_back({left.data, bytes});
+      ends_.back() = spans_.size();
+      left = {static_cast<const char*>(left.data) + bytes, left.bytes - bytes};
+      room -= bytes;
     }
   }
-  return result;
+  sums_.resize(ends_.size() * mix_.words);
+  parallel_for(ends_.size(), 1, threads, [this](int64_t begin, int64_t end) {
+    for (int64_t range = begin; range < end; ++range) read(range, &sums_[range * mix_.words]);
+  });
+}
+
+void Fingerprint::read(int64_t range, uint64_t* sums) const {
+  for (int64_t i = range == 0 ? 0 : ends_[range - 1]; i < ends_[range]; ++i) {
+    mix_.run(spans_[i].data, spans_[i].bytes, sums);
+  }
+}
+
+bool Fingerprint::matches(int threads, const std::function<bool()>& meanwhile) const {
+  std::atomic<bool> same{true};
+  const auto differ = [&] { same.store(false, std::memory_order_relaxed); };
+  const auto compare = [&](int64_t begin, int64_t end) {
+    for (int64_t range = begin; range < end && same.load(std::memory_order_relaxed); ++range) {
+      uint64_t sums[kMixWords] = {};
+      read(range, sums);
+      if (std::memcmp(sums, &sums_[range * mix_.words], mix_.words * sizeof(uint64_t)) != 0) differ();
+    }
+  };
+  parallel_for(ends_.size(), 1, threads, compare, [&] {
+    if (!meanwhile()) differ();
+  });
+  return same.load(std::memory_order_relaxed);
 }
 
 }  // namespace spnet::cpu

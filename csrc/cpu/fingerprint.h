@@ -2,6 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "fingerprint_loop.h"
 
 namespace spnet::cpu {
 
@@ -10,8 +14,25 @@ struct Span {
   int64_t bytes;
 };
 
-// A number that depends on every byte of the spans and on its place. Fletcher's checksum in 64-bit lanes: one
-// addition for the values and one for their places, which vectorise; not meant against an adversary.
-uint64_t fingerprint(const Span* spans, int64_t n);
+// What stood in spans of memory when this was made. Only the sums of mix_words are kept: one changed word of
+// 8 bytes is always found, as many as one likes but for one chance in 2^128 per chain; it is not meant
+// against an adversary. Reads by the level in use when it was made.
+class Fingerprint {
+ public:
+  // Throws std::invalid_argument for a null pointer or a negative size.
+  Fingerprint(const Span* spans, int64_t n, int threads);
+
+  // Whether every byte of the spans, which must still be there to be read, is what it was, and meanwhile() is
+  // true: the caller begins with it, and where it is false little or nothing is read. It must not throw.
+  bool matches(int threads, const std::function<bool()>& meanwhile) const;
+
+ private:
+  void read(int64_t range, uint64_t* sums) const;
+
+  const MixWords& mix_;
+  std::vector<Span> spans_;
+  std::vector<int64_t> ends_;   // of the range that one thread reads at a time, among spans_
+  std::vector<uint64_t> sums_;  // of the ranges, mix_.words each
+};
 
 }  // namespace spnet::cpu

@@ -19,7 +19,7 @@ struct Job {
   int64_t n;
   int64_t grain;
   detail::RangeFunction function;
-  void* context;
+  const void* context;
   std::atomic<int64_t> next{0};
 
   // Guarded by Pool::mutex.
@@ -39,7 +39,7 @@ struct Job {
 
 class Pool {
  public:
-  void run(Job& job) {
+  void run(Job& job, detail::Function first, const void* first_context) {
     const int helpers = job.places;
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -47,6 +47,7 @@ class Pool {
       jobs_.push_back(&job);
     }
     for (int i = 0; i < helpers; ++i) wake_.notify_one();
+    first(first_context);
     job.work();
 
     std::unique_lock<std::mutex> lock(mutex_);
@@ -114,12 +115,13 @@ Pool& pool() {
 
 }  // namespace
 
-void detail::parallel_for(int64_t n, int64_t grain, int threads, RangeFunction function, void* context) {
+void detail::parallel_for(int64_t n, int64_t grain, int threads, RangeFunction function, const void* context,
+                          Function first, const void* first_context) {
   grain = std::max<int64_t>(grain, 1);
   const int64_t ranges = (n + grain - 1) / grain;
   Job job{n, grain, function, context};
   job.places = static_cast<int>(std::min<int64_t>(threads, ranges) - 1);
-  pool().run(job);
+  pool().run(job, first, first_context);
 }
 
 }  // namespace spnet::cpu

@@ -9,28 +9,41 @@
 namespace spnet::cpu {
 
 namespace detail {
-using RangeFunction = void (*)(void* context, int64_t begin, int64_t end) noexcept;
-void parallel_for(int64_t n, int64_t grain, int threads, RangeFunction function, void* context);
+using RangeFunction = void (*)(const void* context, int64_t begin, int64_t end) noexcept;
+using Function = void (*)(const void* context) noexcept;
+void parallel_for(int64_t n, int64_t grain, int threads, RangeFunction function, const void* context,
+                  Function first, const void* first_context);
 }  // namespace detail
 
 // Calls function(begin, end) on disjoint ranges of at most `grain` items that together cover [0, n).
 // The caller works too, beside at most `threads - 1` workers; whoever is free takes the next range.
 // With one thread, or with a single range, everything runs in the caller and no lock is taken.
-// The function must not throw.
+// The functions must not throw.
+//
+// With `first` the caller begins with first(), while the workers begin with the ranges; it is called once
+// whatever n is, before the caller takes a range of its own.
 //
 // May be called from several threads at once, from inside a range, and in a child after fork() (which starts
 // its own workers). Workers sleep when there is nothing to do.
-template <class Function>
-void parallel_for(int64_t n, int64_t grain, int threads, Function&& function) {
-  if (n <= 0) return;
+template <class Function, class First>
+void parallel_for(int64_t n, int64_t grain, int threads, const Function& function, const First& first) {
   if (threads <= 1 || n <= grain) {
-    function(int64_t{0}, n);
+    first();
+    if (n > 0) function(int64_t{0}, n);
     return;
   }
-  const detail::RangeFunction call = [](void* context, int64_t begin, int64_t end) noexcept {
-    (*static_cast<Function*>(context))(begin, end);
+  const detail::RangeFunction call = [](const void* context, int64_t begin, int64_t end) noexcept {
+    (*static_cast<const Function*>(context))(begin, end);
   };
-  detail::parallel_for(n, grain, threads, call, &function);
+  const detail::Function call_first = [](const void* context) noexcept {
+    (*static_cast<const First*>(context))();
+  };
+  detail::parallel_for(n, grain, threads, call, &function, call_first, &first);
+}
+
+template <class Function>
+void parallel_for(int64_t n, int64_t grain, int threads, const Function& function) {
+  parallel_for(n, grain, threads, function, [] {});
 }
 
 }  // namespace spnet::cpu

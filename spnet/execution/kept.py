@@ -1,0 +1,112 @@
+"""Plans that are kept with their models and lowered anew where a model has changed since.
+
+Lowering copies the weights, so a kept plan is compared with its model before every use: a stale answer is a defect.
+``spnet.lower(model)`` is for who wants a plan without the comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from spnet.execution.plan import Plan, check_fit, lower
+from spnet.native import core
+
+# The dictionaries of a module that say what it consists of and whether it may be passed over.
+_PARTS = ("_modules", "_parameters", "_buffers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class _Watch:
+    """Everything about a model that its plan depends on, in a form that is quick to compare."""
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self._facts = list(_facts(modules))
+        states = [d for m in modules for d in (m._parameters, m._buffers)]
+        # Batches are counted in training alone.
+        named = {id(t): t for d in states for name, t in d.items() if t is not None and name != "num_batches_tracked"}
+        self._tensors = list(named.values())
+        self._same_layouts = _layouts_check(self._tensors)
+        self._elsewhere = [t for t in self._tensors if t.device.type != "cpu"]
+        self._versions = list(map(_version, self._elsewhere))
+        # The version counter of PyTorch misses what is written through .data: the bytes themselves do not.
+        storages = [t.untyped_storage() for t in self._tensors if t.device.type == "cpu"]
+        spans = torch.tensor(sorted({(s.data_ptr(), s.nbytes()) for s in storages}), dtype=torch.int64)
+        self._fingerprint = core.Fingerprint(spans.data_ptr(), len(spans), torch.get_num_threads())
+
+    def unchanged(self, model: nn.Module) -> bool:
+        return (
+            # First: the bytes are safe to read only where the tensors still lie there.
+            self._same_layouts()
+            and list(map(_version, self._elsewhere)) == self._versions
+            and self._fingerprint.matches(self._facts, vars(model), torch.get_num_threads())
+        )
+
+
+def _facts(modules: list[nn.Module]) -> Iterator:
+    """The entries of the modules' dictionaries, as ``core.Fingerprint.matches`` compares them.
+
+    Held by the watch and so never mistaken for others that were given their addresses. But what might lead back to
+    the model is not held, or it would live on in the cache: its own dictionary, and attributes that lowering would
+    not understand.
+    """
+    for m in modules:
+        attributes = vars(m)
+        yield None if m is modules[0] else attributes
+        for name, value in attributes.items():
+            yield from (name, value if name in _PARTS or name in _HOOKS or _is_plain(value) else ...)
+        for name in _PARTS:
+            # Without children or weights it belongs to a module that asks for none.
+            if attributes[name]:
+                yield attributes[name]
+                for entry in attributes[name].items():
+                    yield from entry
+        for name in _HOOKS:
+            yield attributes[name]
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a number, a string, None or a tuple of these, which nobody can change in place."""
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _layouts_check(tensors: list[Tensor]) -> Callable[[], bool]:
+    """Tells whether the tensors still lie in memory where and how they do now."""
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange is not None:
+        return core.Layouts(tensors, exchange).unchanged
+
+    def layouts() -> list[tuple]:  # PyTorch older than this part of DLPack
+        return [(t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for t in tensors]
+
+    before = layouts()
+    return lambda: layouts() == before
+
+
+def _version(t: Tensor) -> object:
+    """Changes with every write that PyTorch counts; without a counter every time."""
+    return object() if t.is_inference() else t._version
+
+
+_kept: WeakKeyDictionary[nn.Module, tuple[_Watch, Plan]] = WeakKeyDictionary()
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The model's plan, lowered anew where the model has changed since.
+
+    Raises:
+        LoweringError: the model does not fit.
+    """
+    kept = _kept.get(model)
+    if kept is None or not kept[0].unchanged(model):
+        check_fit(model)
+        # Watched before it is read: a change in between is found by the next comparison.
+        watch = _Watch(model)
+        kept = _kept[model] = watch, lower(model)
+    return kept[1]

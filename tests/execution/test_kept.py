@@ -1,0 +1,201 @@
+"""Kept plans follow their models: whatever lowering reads, an answer is never stale."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import spnet
+from spnet.execution import kept
+from spnet.native import core
+from tests.conftest import settle
+
+
+def _write_data(model):
+    model.features.stage1[0].body[0].weight.data.mul_(1.5)
+
+
+def _write_one_element(model):
+    model.features.stem[1].running_mean.data[0] += 3
+
+
+def _replace_parameter(model):
+    model.heads[-1].weight = nn.Parameter(torch.randn_like(model.heads[-1].weight))
+
+
+def _replace_block(model):
+    model.features.stage1[1] = settle(spnet.create_model("resnet20_cifar"), bias=2.0).features.stage1[1]
+
+
+def _optimizer_step(model):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(model.parameters(), lr=1e-2).step()
+
+
+def _train_and_back(model):
+    model.train()(torch.randn(4, 1, 32, 32))
+    model.eval()
+
+
+def _transpose_data(model):
+    conv = model.features.stage1[0].body[0]
+    conv.weight.data = conv.weight.data.transpose(2, 3)  # the same bytes in the same place
+
+
+def _swap_parameters(model):
+    first, second = (model.features.stage1[i].body for i in (0, 1))
+    first[0].weight, second[0].weight = second[0].weight, first[0].weight
+
+
+def _change_eps(model):
+    model.features.stage1[0].body[1].eps = 1.0
+
+
+def _change_router_eps(model):
+    for stage in model.stages:
+        for block in stage:
+            block.router.bn.eps = 10.0
+
+
+def _change_pad(model):
+    model.features.stage2[0].shortcut.pad = (16, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _write_data,
+        _write_one_element,
+        _replace_parameter,
+        _replace_block,
+        _optimizer_step,
+        _train_and_back,
+        _transpose_data,
+        _swap_parameters,
+        _change_eps,
+        _change_router_eps,
+        _change_pad,
+    ],
+)
+def test_the_plan_follows_the_model(network, change):
+    x = torch.randn(3, 1, 32, 32)
+    before = spnet.fast_forward(network, x, impl="walk")
+    change(network)
+    after = spnet.fast_forward(network, x, impl="walk")
+    expected = spnet.fast_forward(network, x, impl="masked")
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.skipif(not core.has_bfloat16(), reason="this processor does not multiply bfloat16")
+def test_the_plan_follows_the_dtype(network):
+    x = torch.randn(3, 1, 32, 32)
+    assert spnet.fast_forward(network, x, impl="walk").dtype == torch.float32
+    network.bfloat16()
+    assert spnet.fast_forward(network, x.bfloat16(), impl="walk").dtype == torch.bfloat16
+
+
+def test_a_hook_turns_to_another_execution(network):
+    x = torch.randn(3, 1, 32, 32)
+    spnet.fast_forward(network, x)
+    seen = []
+    network.features.stem.register_forward_hook(lambda *args: seen.append(1))
+    spnet.fast_forward(network, x)
+    assert seen == [1]
+    with pytest.raises(ValueError, match="impl: 'walk' does not fit this model: a forward hook"):
+        spnet.fast_forward(network, x, impl="walk")
+
+
+def test_an_unchanged_model_is_lowered_once(network, monkeypatch):
+    calls = []
+    monkeypatch.setattr(kept, "lower", lambda model: calls.append(1) or spnet.lower(model))
+    network.helper = object()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            spnet.fast_forward(network, torch.zeros(1, 1, 32, 32))
+            network.helper = object()  # nothing that lowering could read
+            network.features.stem[1].num_batches_tracked += 1
+    finally:
+        torch.set_num_threads(before)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: setattr(m.features.stage1[0].body[0], "padding", (0, 0)), "no body of two 3x3 convolutions"),
+        (lambda m: setattr(m.features.stage2[0].body[0], "stride", (3, 3)), "no body of two 3x3 convolutions"),
+        (lambda m: setattr(m.features.stage1[0].body[3], "dilation", (2, 2)), "no body of two 3x3 convolutions"),
+        (lambda m: setattr(m.features.stem[0], "padding_mode", "circular"), "the stem is not a 3x3 convolution"),
+        (lambda m: m.features.stage1[0].router.dropout.train(), "training mode"),
+        (lambda m: m.features.stage1[0].add_module("activation", nn.Tanh().eval()), "and a ReLU"),
+        (lambda m: m.heads[0].register_forward_pre_hook(print), "a forward hook"),
+        (lambda m: m.to("meta"), "on meta"),
+    ],
+)
+def test_a_model_that_fits_no_more_is_refused(network, change, reason):
+    x = torch.randn(3, 1, 32, 32)
+    spnet.fast_forward(network, x, impl="walk")
+    change(network)
+    with pytest.raises(ValueError, match=reason):
+        spnet.fast_forward(network, x, impl="walk")
+
+
+def test_every_tensor_is_watched():
+    """One bit of one element of each, whatever its name."""
+    model = settle(spnet.models.SPNet([1, 2], [6, 10], num_classes=5, input_size=12, shortcut="projection"))
+    watch = kept._Watch(model)
+    tensors = [t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")]
+    for t in tensors:
+        bits = t.data.view(torch.int32).flatten()
+        for place in {0, len(bits) // 2, len(bits) - 1}:
+            assert watch.unchanged(model)
+            bits[place] ^= 1 << 7
+            assert not watch.unchanged(model)
+            bits[place] ^= 1 << 7
+    assert watch.unchanged(model)
+
+
+def test_memory_that_moves(network):
+    """Under the very same tensors and storages."""
+    x = torch.randn(2, 1, 32, 32)
+    expected = spnet.fast_forward(network, x, impl="walk")
+    network.share_memory()
+    assert torch.equal(spnet.fast_forward(network, x, impl="walk"), expected)
+
+
+def test_without_the_tables_of_dlpack(network, monkeypatch):
+    """As with a PyTorch that has none."""
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    watch = kept._Watch(network)
+    assert watch.unchanged(network)
+    _transpose_data(network)
+    assert not watch.unchanged(network)
+
+
+def test_versions_of_tensors_that_are_elsewhere():
+    t = torch.zeros(2)
+    before = kept._version(t)
+    assert kept._version(t) == before
+    t.add_(1)
+    assert kept._version(t) != before
+    with torch.inference_mode():
+        uncounted = torch.zeros(2)
+    assert kept._version(uncounted) != kept._version(uncounted)
+
+
+@pytest.mark.parametrize("tie", [lambda m: m.forward, lambda m: {"model": m}, lambda m: (1, m.forward)])
+def test_a_kept_plan_does_not_keep_its_model(network, tie):
+    spnet.fast_forward(network, torch.zeros(1, 1, 32, 32))
+    model = settle(spnet.create_model("resnet20_cifar", in_channels=1))
+    model.helper = tie(model)
+    spnet.fast_forward(model, torch.zeros(1, 1, 32, 32))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
