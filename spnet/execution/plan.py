@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -24,7 +25,12 @@ FORMAT_VERSION = 1
 _IDENTITY, _PAD, _PROJECTION = 0, 1, 2
 _PRECISIONS = {torch.float32: core.Precision.float32, torch.bfloat16: core.Precision.bfloat16}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _PRECISIONS}
-_TENSORS = {"table": torch.int64, "weights": torch.float32, "costs": torch.int64, "total": torch.int64}
+_TENSORS = {
+    "table": (torch.int64, 1),
+    "weights": (torch.float32, 1),
+    "costs": (torch.int64, 2),
+    "total": (torch.int64, 1),
+}
 
 
 class LoweringError(ValueError):
@@ -112,7 +118,7 @@ class Plan:
         dtype = str(self.dtype).removeprefix("torch.")
         names = "\n".join(block.name for block in blocks)
         metadata = {"spnet-plan": str(FORMAT_VERSION), "dtype": dtype, "blocks": names}
-        write_whole(Path(path), save(tensors, metadata))
+        write_whole(Path(path), save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
 
 
 def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
@@ -122,12 +128,21 @@ def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ..
         raise ValueError(f"{name}: expected {dtype} [{expected}] on cpu, got {t.dtype} {list(t.shape)} on {t.device}")
 
 
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Of all that a plan file says: one flipped bit in the weights would only make its answers wrong."""
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        digest.update(t.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def load_plan(path: str | Path) -> Plan:
     """Read a plan that :meth:`Plan.save` wrote.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: a truncated or foreign file, another version, or impossible sizes.
+        ValueError: a truncated, damaged or foreign file, another version, or impossible sizes.
     """
     path = Path(path)
     if not path.exists():
@@ -138,13 +153,16 @@ def load_plan(path: str | Path) -> Plan:
             if metadata.get("spnet-plan") != str(FORMAT_VERSION):
                 found = metadata.get("spnet-plan", "none")
                 raise ValueError(f"path: {path} has plan version {found}, expected {FORMAT_VERSION}")
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
+            # Copied: what is mapped from the file changes, or is gone, with the file.
+            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
     except SafetensorError as e:
         raise ValueError(f"path: {path} is no complete plan ({e})") from e
     names, dtype = metadata.get("blocks", "").split("\n"), metadata.get("dtype")
-    types = {name: t.dtype for name, t in tensors.items()}
-    if types != _TENSORS or dtype not in _DTYPES or tensors["costs"].shape != (len(names), 4):
+    fits = {name: (t.dtype, t.dim()) for name, t in tensors.items()} == _TENSORS and dtype in _DTYPES
+    if not fits or tensors["costs"].shape != (len(names), 4) or tensors["total"].shape != (2,):
         raise ValueError(f"path: {path} is no plan: its tensors have other names, types or shapes")
+    if metadata.pop("sha256", None) != _digest(tensors, metadata):
+        raise ValueError(f"path: {path} is damaged: its checksum is another one")
     blocks = tuple(BlockMacs(name, *row) for name, row in zip(names, tensors["costs"].tolist(), strict=True))
     return Plan(tensors["table"], tensors["weights"], Macs(*tensors["total"].tolist(), blocks), _DTYPES[dtype])
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spnet
+from spnet.execution.plan import _digest
 from tests.conftest import settle
 
 
@@ -142,7 +143,8 @@ def test_damaged_files_are_refused(tmp_path):
     meta = {"spnet-plan": "1", "dtype": "float32", "blocks": "a\nb\nc\nd"}
 
     def refused(message: str, tensors=tensors, **changed):
-        save_file(tensors, path, meta | changed)
+        described = meta | changed
+        save_file(tensors, path, described | {"sha256": _digest(tensors, described)})
         with pytest.raises(ValueError, match=message):
             spnet.load_plan(path)
 
