@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "bind_cuda_walk.h"
 #include "bind_walk.h"
 #include "bind_watch.h"
 #include "cpu/level.h"
@@ -154,6 +155,7 @@ PYBIND11_MODULE(_core, m) {
   bind_cpu(m);
   bind_walk(m);
   bind_watch(m);
+  bind_cuda_walk(m);
   bind_tiling(m.def_submodule("tiling"));
 #ifdef SPNET_CUDA_ARCHITECTURES
   m.attr("cuda_architectures") = SPNET_CUDA_ARCHITECTURES;

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "runtime.h"
 #include "tiling.h"
 
 namespace spnet::cuda {
@@ -19,37 +20,9 @@ constexpr int kPacksPerThread = 4;  // packs (16 bytes where aligned) that a til
 constexpr int kBlocksPerMultiprocessor = 8;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
-// Makes the stream's device the current one for a scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ == device) return;
-    check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = true;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-cudaStream_t native(Stream stream) { return reinterpret_cast<cudaStream_t>(stream.handle); }
-
 // A persistent grid: as many blocks as fit on the device, fewer where there are fewer tiles.
 int grid_size(int device, int64_t tiles) {
-  int multiprocessors = 0;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
+  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   return static_cast<int>(std::min<int64_t>(tiles, int64_t{multiprocessors} * kBlocksPerMultiprocessor));
 }
 

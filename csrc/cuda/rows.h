@@ -8,14 +8,11 @@
 
 #include <cstdint>
 
+#include "stream.h"
+
 namespace spnet::cuda {
 
 enum class Dtype { float32, bfloat16, float16 };
-
-struct Stream {
-  int device;
-  std::uintptr_t handle;  // a cudaStream_t
-};
 
 // out [batch] gets the positions of the non-zero bytes of mask [batch] in ascending order, *count their
 // number.
