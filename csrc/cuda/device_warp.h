@@ -38,28 +38,22 @@ class DeviceWarp {
   SPNET_DEVICE void barrier() { __syncthreads(); }
   SPNET_DEVICE float shuffle_xor(float value, int mask) const { return __shfl_xor_sync(kAll, value, mask); }
 
-  // --- Queue
-  // ------------------------------------------------------------------------------------------------
+  // --- Queue -----------------------------------------------------------------------------------------------
 
-  SPNET_DEVICE int64_t fetch_add(unsigned long long* counter) const {
-    unsigned long long before = 0;
-    if (lane_ == 0) {
-      __threadfence();
-      before = atomicAdd(counter, 1ull);
-      __threadfence();
-    }
-    return __shfl_sync(kAll, before, 0);
+  SPNET_DEVICE int64_t take_sample(Queue* queue) const {
+    return __shfl_sync(kAll, lane_ == 0 ? atomicAdd(&queue->next, 1ull) : 0ull, 0);
   }
-  SPNET_DEVICE void reset(Queue* queue) const {
-    if (lane_ == 0) *queue = Queue{};
+  SPNET_DEVICE void leave(Queue* queue, int thread_blocks) const {
+    if (lane_ != 0) return;
+    __threadfence();  // whoever sees this block leave sees that it takes no more
+    if (atomicAdd(&queue->finished, 1ull) + 1 == thread_blocks) *queue = Queue{};
   }
   SPNET_DEVICE void store_sample(int offset, int64_t sample) {
     if (lane_ == 0) *at<int64_t>(offset) = sample;
   }
   SPNET_DEVICE int64_t load_sample(int offset) { return *at<int64_t>(offset); }
 
-  // --- Shared memory: offsets in bytes
-  // ----------------------------------------------------------------------
+  // --- Shared memory: offsets in bytes ---------------------------------------------------------------------
 
   template <class T>
   SPNET_DEVICE const T* shared(int offset) {
@@ -92,8 +86,7 @@ class DeviceWarp {
                  : "memory");
   }
 
-  // --- Global memory
-  // ----------------------------------------------------------------------------------------
+  // --- Global memory ---------------------------------------------------------------------------------------
 
   SPNET_DEVICE static float load_global(const float* from, int index) { return __ldg(from + index); }
   SPNET_DEVICE static void load_global(float (&value)[4], const float* from, int index) {
@@ -109,8 +102,7 @@ class DeviceWarp {
     return where ? __ldg(static_cast<const unsigned short*>(from) + index) : 0u;
   }
 
-  // --- Asynchronous copies of 16 bytes
-  // ----------------------------------------------------------------------
+  // --- Asynchronous copies of 16 bytes ---------------------------------------------------------------------
 
   SPNET_DEVICE void copy_async(int offset, const void* from, int index, bool where) {
     if (!where) return;
@@ -125,8 +117,7 @@ class DeviceWarp {
   }
   SPNET_DEVICE void wait_for_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-  // --- Arithmetic
-  // -------------------------------------------------------------------------------------------
+  // --- Arithmetic ------------------------------------------------------------------------------------------
 
   SPNET_DEVICE static float low(uint32_t pair) {
     if constexpr (kHalf) return __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));

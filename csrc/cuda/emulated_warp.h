@@ -142,21 +142,17 @@ class EmulatedWarp {
     return result;
   }
 
-  // --- Queue
-  // ------------------------------------------------------------------------------------------------
+  // --- Queue -----------------------------------------------------------------------------------------------
 
-  static int64_t fetch_add(unsigned long long* counter) {
-    return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
-  }
-  static void reset(Queue* queue) {
-    __atomic_store_n(&queue->next, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&queue->finished, 0, __ATOMIC_RELAXED);
+  static int64_t take_sample(Queue* queue) { return __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED); }
+  static void leave(Queue* queue, int thread_blocks) {
+    const uint64_t left = __atomic_add_fetch(&queue->finished, 1, __ATOMIC_ACQ_REL);
+    if (left == static_cast<uint64_t>(thread_blocks)) *queue = Queue{};
   }
   void store_sample(int offset, int64_t sample) { write(offset, sample); }
   int64_t load_sample(int offset) { return read<int64_t>(offset); }
 
-  // --- Shared memory: offsets in bytes
-  // ----------------------------------------------------------------------
+  // --- Shared memory: offsets in bytes ---------------------------------------------------------------------
 
   template <class T>
   const T* shared(int offset) {
@@ -197,8 +193,7 @@ class EmulatedWarp {
     }
   }
 
-  // --- Global memory
-  // ----------------------------------------------------------------------------------------
+  // --- Global memory ---------------------------------------------------------------------------------------
 
   static Float load_global(const float* from, const Int& index) {
     Float result;
@@ -224,8 +219,7 @@ class EmulatedWarp {
     return result;
   }
 
-  // --- Asynchronous copies of 16 bytes
-  // ----------------------------------------------------------------------
+  // --- Asynchronous copies of 16 bytes ---------------------------------------------------------------------
 
   void copy_async(const Int& offset, const void* from, const Int& index, const Bool& where) {
     for (int i = 0; i < kLanes; ++i) {
@@ -245,8 +239,7 @@ class EmulatedWarp {
     deliver([](const Copy&) { return true; });
   }
 
-  // --- Arithmetic
-  // -------------------------------------------------------------------------------------------
+  // --- Arithmetic ------------------------------------------------------------------------------------------
 
   static Float low(const Word& pair) { return widen(pair, 0); }
   static Float high(const Word& pair) { return widen(pair, 16); }

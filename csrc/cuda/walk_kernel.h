@@ -24,7 +24,7 @@
 
 namespace spnet::cuda {
 
-// Zero before and after every launch.
+// Zero before and after every launch: the last thread block that finds no sample resets it.
 struct Queue {
   unsigned long long next, finished;
 };
@@ -44,20 +44,18 @@ class Walk {
 
   SPNET_DEVICE void run(Queue* queue, int thread_blocks) {
     for (;;) {
-      if (warp_.index() == 0) warp_.store_sample(net_.scratch.sample, warp_.fetch_add(&queue->next));
+      if (warp_.index() == 0) warp_.store_sample(net_.scratch.sample, warp_.take_sample(queue));
       copy_block(0);
       next_phase();
       const int64_t sample = warp_.load_sample(net_.scratch.sample);
       if (sample >= batch_.size) break;
       run_sample(sample);
     }
-    // Everybody's last word to the queue; whoever is last leaves it as it was found.
-    if (warp_.index() == 0 && warp_.fetch_add(&queue->finished) + 1 == thread_blocks) warp_.reset(queue);
+    if (warp_.index() == 0) warp_.leave(queue, thread_blocks);
   }
 
  private:
-  // --- One sample
-  // -------------------------------------------------------------------------------------------
+  // --- One sample ------------------------------------------------------------------------------------------
 
   // Afterwards everything that was written or copied is there, and nothing is read any more.
   SPNET_DEVICE void next_phase() {
@@ -96,11 +94,11 @@ class Walk {
       for (; layer <= &block.second; ++layer) run_layer(*layer, execute ? 0 : 1);
       pool(block.second);
     }
-    for (int64_t first = warp_.index() * kLanes; first < net_.num_classes; first += kThreads) {
-      const Int o = Int(static_cast<int>(first)) + warp_.lane();
+    for (int first = warp_.index() * kLanes; first < net_.head.outputs; first += kThreads) {
+      const Int o = Int(first) + warp_.lane();
       const Bool real = o < net_.head.outputs;
       const Float logit = linear(net_.head, Warp::select(real, o, Int(0)));
-      warp_.store_global(batch_.logits + sample * net_.num_classes, o, logit, real);
+      warp_.store_global(batch_.logits + sample * net_.head.outputs, o, logit, real);
     }
   }
 
@@ -116,8 +114,7 @@ class Walk {
     }
   }
 
-  // --- Input, halo, pooling, routers
-  // ------------------------------------------------------------------------
+  // --- Input, halo, pooling, routers -----------------------------------------------------------------------
 
   SPNET_DEVICE void load(int64_t sample, const Map& map) {
     clear_halo(map);
@@ -204,31 +201,29 @@ class Walk {
   // Keeps NaN.
   SPNET_DEVICE static Float relu(Float value) { return Warp::select(value < 0.f, Float(0.f), value); }
 
-  // --- Weights
-  // ----------------------------------------------------------------------------------------------
+  // --- Weights ---------------------------------------------------------------------------------------------
 
   // A slice, the weights that all warps need for a step, is a chunk of one source for the groups of one pass.
   // The stream loads the slices of `layers` in the order in which run_layer asks for them, kStages - 1 ahead.
   SPNET_DEVICE void start_stream(const Layer* layer, int layers, int from) {
-    ahead_ = {layer, layers, from, from, 0, 0};
+    ahead_.layer = layer;
+    ahead_.layers = layers;
+    ahead_.from = from;
+    ahead_.source = from;
+    ahead_.unit = 0;
+    ahead_.enter();
     fill_ = use_ = 0;
     for (int i = 0; i < kStages - 1; ++i) load_slice();
   }
 
   SPNET_DEVICE void load_slice() {
     if (ahead_.layers > 0) {
-      const Layer& layer = *ahead_.layer;
-      const Source& source = layer.sources[ahead_.source];
-      const int units = layer.units();
-      const int last = (ahead_.unit + kWarps < units ? ahead_.unit + kWarps : units) - 1;
-      const int group = ahead_.unit / layer.strips;
-      const int fragments = (last / layer.strips - group + 1) * source.taps;
-      const int begin = source.weight + (ahead_.chunk * layer.groups + group) * source.taps;
       const Int to = warp_.lane() * 16 + (ring_.offset + fill_ * ring_.stage_bytes);
-      for (int i = warp_.index(); i < fragments; i += kWarps) {
-        warp_.copy_async(to + i * kFragmentBytes, weights_, Int((begin + i) * kLanes) + warp_.lane(), true);
+      for (int i = warp_.index(); i < ahead_.fragments; i += kWarps) {
+        warp_.copy_async(to + i * kFragmentBytes, weights_, Int((ahead_.begin + i) * kLanes) + warp_.lane(),
+                         true);
       }
-      ahead_.advance(units);
+      ahead_.advance();
     }
     warp_.commit_copies();
     fill_ = fill_ + 1 == kStages ? 0 : fill_ + 1;
@@ -246,26 +241,39 @@ class Walk {
 
   struct Slice {
     const Layer* layer;
-    int layers, from, source, unit, chunk;
+    int layers, from, source, unit, chunks;  // those that are left; of units the first of the pass
+    int begin, fragments, stride;            // in the weights
 
-    SPNET_DEVICE void advance(int units) {
-      if (++chunk < layer->sources[source].chunks) return;
-      chunk = 0;
+    SPNET_DEVICE void enter() {
+      const Source& now = layer->sources[source];
+      const int units = layer->units();
+      const int last = (unit + kWarps < units ? unit + kWarps : units) - 1;
+      const int group = unit / layer->strips;
+      chunks = now.chunks;
+      begin = now.weight + group * now.taps;
+      fragments = (last / layer->strips - group + 1) * now.taps;
+      stride = layer->groups * now.taps;
+    }
+
+    SPNET_DEVICE void advance() {
+      begin += stride;
+      if (--chunks > 0) return;
       if (source == 0 && layer->sources[1].chunks > 0) {
         source = 1;
-        return;
+      } else {
+        source = from;
+        unit += kWarps;
+        if (unit >= layer->units()) {
+          unit = 0;
+          ++layer;
+          if (--layers == 0) return;
+        }
       }
-      source = from;
-      unit += kWarps;
-      if (unit < units) return;
-      unit = 0;
-      ++layer;
-      --layers;
+      enter();
     }
   };
 
-  // --- Layers
-  // -----------------------------------------------------------------------------------------------
+  // --- Layers ----------------------------------------------------------------------------------------------
 
   template <int kRows>
   struct Sums {
@@ -378,59 +386,40 @@ class Walk {
     }
   }
 
-  // Bias, residual, ReLU, store, sums for pooling. A lane has two channels, next to each other, of each 8,
-  // and of two columns.
+  // Bias, residual, ReLU, store, sums for pooling.
   template <int kRows>
   SPNET_DEVICE void finish(const Layer& layer, int from, int strip, int group, Sums<kRows>& sums) {
     const Int channel = warp_.lane() % 4 * 2 + group * kTile;  // and the next, and 8 behind them
-    Float bias[2][2];
-    SPNET_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      bias[i / 2][i % 2] = warp_.load_global(floats_ + layer.bias[from], channel + (i / 2 * 8 + i % 2));
-    }
-    // What the channels beyond the last hold is no zero where pixels are not finite, and must not be read.
-    Word real[2];
-    SPNET_UNROLL
-    for (int n = 0; n < 2; ++n) {
-      real[n] = Warp::select(channel + n * 8 < layer.channels, Word(0xffffu), Word(0u)) |
-                Warp::select(channel + (n * 8 + 1) < layer.channels, Word(0xffff0000u), Word(0u));
-    }
-    Float totals[2][2] = {{0.f, 0.f}, {0.f, 0.f}};
-    const int row_bytes = layer.out.row_bytes();
+    Output<kRows> out;
     SPNET_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const Column column =
+      const Column& column = out.columns[half] =
           this->template column<kRows>(layer, warp_.lane() / 4 + (strip * kTile + half * 8));
-      Int to = (column.y + 1) * row_bytes + (column.x + 1) * layer.out.pixel_bytes + channel * 2 +
-               layer.out.offset;
-      SPNET_UNROLL
-      for (int i = 0; i < kRows; ++i, to += row_bytes) {
-        const Bool valid = column.y + i >= column.valid;
-        SPNET_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          Float low = sums.at[i][n][2 * half] + bias[n][0], high = sums.at[i][n][2 * half + 1] + bias[n][1];
-          if (layer.residual == Residual::in_place) {
-            const Word state = warp_.load(to + n * 16, valid);
-            low += Warp::low(state);
-            high += Warp::high(state);
-          } else if (layer.residual == Residual::pad) {
-            low += padded(layer, column, i, channel + n * 8, valid);
-            high += padded(layer, column, i, channel + (n * 8 + 1), valid);
-          }
-          const Word out = Warp::pack_relu(low, high) & real[n];
-          warp_.store(to + n * 16, out, valid);
-          if (layer.pool_scale != 0.f) {
-            const Word counted = Warp::select(valid, out, Word(0u));
-            totals[n][0] += Warp::low(counted);
-            totals[n][1] += Warp::high(counted);
-          }
-        }
-      }
+      out.places[half] = (column.y + 1) * layer.out.row_bytes() + (column.x + 1) * layer.out.pixel_bytes +
+                         channel * 2 + layer.out.offset;
     }
-    if (layer.pool_scale == 0.f) return;
     SPNET_UNROLL
     for (int i = 0; i < 4; ++i) {
-      Float total = totals[i / 2][i % 2];
+      out.bias[i / 2][i % 2] = warp_.load_global(floats_ + layer.bias[from], channel + (i / 2 * 8 + i % 2));
+    }
+    SPNET_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      out.real[n] = Warp::select(channel + n * 8 < layer.channels, Word(0xffffu), Word(0u)) |
+                    Warp::select(channel + (n * 8 + 1) < layer.channels, Word(0xffff0000u), Word(0u));
+    }
+    if (layer.pool_scale == 0.f) {
+      store<kRows, false>(layer, sums, out);
+      return;
+    }
+    if (layer.residual == Residual::in_place) {
+      add_state(layer, sums, out);
+    } else if (layer.residual == Residual::pad) {
+      add_padded(layer, sums, out, channel);
+    }
+    store<kRows, true>(layer, sums, out);
+    SPNET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      Float total = out.totals[i / 2][i % 2];
       SPNET_UNROLL
       for (int distance = 4; distance < kLanes; distance *= 2) total += warp_.shuffle_xor(total, distance);
       const Int place = channel + (i / 2 * 8 + i % 2 + strip * layer.groups * kTile);
@@ -438,14 +427,69 @@ class Walk {
     }
   }
 
-  // A pad shortcut's value for row i of a column.
-  SPNET_DEVICE Float padded(const Layer& layer, const Column& column, int i, Int channel, Bool valid) {
+  // A lane's part of a unit: two columns, and two successive channels of either half of the tile.
+  template <int kRows>
+  struct Output {
+    Column columns[2];
+    Int places[2];
+    Float bias[2][2], totals[2][2];
+    // The channels that there are. What is computed for those beyond is no zero where pixels are not finite.
+    Word real[2];
+
+    SPNET_DEVICE Bool valid(int half, int row) const { return columns[half].y + row >= columns[half].valid; }
+  };
+
+  template <int kRows, bool kPooled>
+  SPNET_DEVICE void store(const Layer& layer, const Sums<kRows>& sums, Output<kRows>& out) {
+    const int row_bytes = layer.out.row_bytes();
+    SPNET_UNROLL
+    for (int i = 0; i < 4; ++i) out.totals[i / 2][i % 2] = 0.f;
+    SPNET_UNROLL
+    for (int i = 0; i < kRows * 4; ++i) {
+      const int row = i / 4, half = i / 2 % 2, n = i % 2;
+      const Float* sum = &sums.at[row][n][2 * half];
+      const Word pair = Warp::pack_relu(sum[0] + out.bias[n][0], sum[1] + out.bias[n][1]) & out.real[n];
+      warp_.store(out.places[half] + (row * row_bytes + n * 16), pair, out.valid(half, row));
+      if (!kPooled) continue;
+      const Word counted = Warp::select(out.valid(half, row), pair, Word(0u));
+      out.totals[n][0] += Warp::low(counted);
+      out.totals[n][1] += Warp::high(counted);
+    }
+  }
+
+  // The map that the output replaces.
+  template <int kRows>
+  SPNET_DEVICE void add_state(const Layer& layer, Sums<kRows>& sums, const Output<kRows>& out) {
+    const int row_bytes = layer.out.row_bytes();
+    SPNET_UNROLL
+    for (int i = 0; i < kRows * 4; ++i) {
+      const int row = i / 4, half = i / 2 % 2, n = i % 2;
+      const Word state = warp_.load(out.places[half] + (row * row_bytes + n * 16), out.valid(half, row));
+      sums.at[row][n][2 * half] += Warp::low(state);
+      sums.at[row][n][2 * half + 1] += Warp::high(state);
+    }
+  }
+
+  // The map before the block: every stride-th pixel, with zeros around its channels.
+  template <int kRows>
+  SPNET_DEVICE void add_padded(const Layer& layer, Sums<kRows>& sums, const Output<kRows>& out, Int channel) {
     const Source& shortcut = layer.sources[1];
-    const Int c = channel - layer.pad_before;
-    const Int y = (column.y + i) * shortcut.stride + 1, x = column.x * shortcut.stride + 1;
-    return warp_.load_number(
-        y * shortcut.in.row_bytes() + x * shortcut.in.pixel_bytes + c * 2 + shortcut.in.offset,
-        valid & (c >= 0) & (c < layer.pad_channels));
+    const int row_bytes = shortcut.stride * shortcut.in.row_bytes();
+    SPNET_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const int half = i / 4, n = i / 2 % 2, k = i % 2;
+      const Column& column = out.columns[half];
+      const Int c = channel + (n * 8 + k - layer.pad_before);
+      const Bool real = (c >= 0) & (c < layer.pad_channels);
+      const Int from = (column.y * shortcut.stride + 1) * shortcut.in.row_bytes() +
+                       (column.x * shortcut.stride + 1) * shortcut.in.pixel_bytes + c * 2 +
+                       shortcut.in.offset;
+      SPNET_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        sums.at[row][n][2 * half + k] +=
+            warp_.load_number(from + row * row_bytes, real & out.valid(half, row));
+      }
+    }
   }
 
   Warp& warp_;

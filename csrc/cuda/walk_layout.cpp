@@ -55,7 +55,6 @@ class Builder {
     Network& network = layout_.network;
     network.in_channels = plan_.in_channels;
     network.n_blocks = plan_.blocks.size();
-    network.num_classes = plan_.num_classes;
     const Arena::Range input = place_map(plan_.in_channels, plan_.in_height, plan_.in_width);
     const Map in = map(input, plan_.in_channels, plan_.in_height, plan_.in_width);
     Arena::Range state = place_map(plan_.stem.cout, plan_.in_height, plan_.in_width);

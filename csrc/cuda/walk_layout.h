@@ -84,7 +84,6 @@ struct Scratch {
 
 struct Network {
   int32_t in_channels, n_blocks;  // without the stem
-  int64_t num_classes;
   Linear head;
   Scratch scratch;
   int32_t shared_bytes;
