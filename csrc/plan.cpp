@@ -6,8 +6,8 @@
 namespace spnet {
 namespace {
 
-constexpr int64_t kFormatVersion = 1;
-constexpr int64_t kHeaderInts = 8, kBlockInts = 8;
+constexpr int64_t kFormatVersion = 2;
+constexpr int64_t kHeaderInts = 9, kConvInts = 6, kBlockInts = 5;
 constexpr int64_t kMaxSize = 64, kMaxInChannels = 512, kMaxWidth = 4096, kMaxClasses = 1'000'000;
 constexpr int64_t kMaxBlocks = 100'000;
 
@@ -43,46 +43,76 @@ class Floats {
   int64_t used_ = 0;
 };
 
-PlanBlock read_block(const int64_t* row, int64_t index, int64_t channels, int64_t height, int64_t width,
+// Hands out consecutive rows of the table of integers.
+class Ints {
+ public:
+  Ints(const int64_t* ints, int64_t size) : ints_(ints), size_(size) {}
+
+  const int64_t* take(int64_t n) {
+    used_ += n;
+    if (used_ > size_) fail("integers", std::to_string(used_) + " or more, as n_blocks says", size_);
+    return ints_ + used_ - n;
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  const int64_t* ints_;
+  int64_t size_, used_ = 0;
+};
+
+// A 3x3 convolution of a map with `channels`; `stride` is 1 or 2 where the walkers take both.
+PlanConv read_conv(const std::string& name, Ints& ints, Floats& floats, int64_t channels, int64_t* stride) {
+  const int64_t* row = ints.take(kConvInts);
+  require_equal(name + "cin", row[0], channels, ", the channels of the map before it");
+  require_range(name + "cout", row[1], 1, kMaxWidth);
+  require_equal(name + "kernel", row[2], 3, ", all that walk computes");
+  require_range(name + "stride", row[3], 1, stride == nullptr ? 1 : 2);
+  require_equal(name + "padding", row[4], 1, ", all that walk computes");
+  require_equal(name + "groups", row[5], 1, ", all that walk computes");
+  if (stride != nullptr) *stride = row[3];
+  return floats.conv(row[0], row[1], 9);
+}
+
+PlanBlock read_block(Ints& ints, int64_t index, int64_t channels, int64_t height, int64_t width,
                      Floats& floats) {
   const std::string name = "block " + std::to_string(index) + ": ";
-  const int64_t cin = row[0], mid = row[1], cout = row[2], stride = row[3], shortcut = row[4];
-  const int64_t pad_before = row[5], router_width = row[6];
-  require_equal(name + "cin", cin, channels, ", the channels of the map before it");
-  require_range(name + "mid", mid, 1, kMaxWidth);
-  require_range(name + "cout", cout, 1, kMaxWidth);
-  require_range(name + "stride", stride, 1, 2);
+  const int64_t* row = ints.take(kBlockInts);
+  const int64_t shortcut = row[1], shortcut_stride = row[2], pad_before = row[3], router_width = row[4];
+  require_equal(name + "n_convolutions", row[0], 2, ", all that walk computes");
   require_range(name + "shortcut", shortcut, 0, 2);
   require_range(name + "router_width", router_width, 1, kMaxWidth);
-  require_equal(name + "reserved", row[7], 0);
 
   PlanBlock block{};
+  block.conv1 = read_conv(name + "convolution 0: ", ints, floats, channels, &block.stride);
+  block.conv2 = read_conv(name + "convolution 1: ", ints, floats, block.conv1.cout, nullptr);
+  require_equal(name + "shortcut_stride", shortcut_stride, block.stride, " as the first convolution");
+  const int64_t cout = block.conv2.cout;
   block.shortcut = static_cast<Shortcut>(shortcut);
   switch (block.shortcut) {
     case Shortcut::identity:
-      require_equal(name + "cout", cout, cin, " as cin, for the shortcut is the identity");
-      require_equal(name + "stride", stride, 1, ", for the shortcut is the identity");
+      require_equal(name + "cout", cout, channels, " as cin, for the shortcut is the identity");
+      require_equal(name + "stride", block.stride, 1, ", for the shortcut is the identity");
       break;
     case Shortcut::pad:
-      if (cout < cin) fail(name + "cout", "cin = " + std::to_string(cin) + " or more to pad to", cout);
+      if (cout < channels) {
+        fail(name + "cout", "cin = " + std::to_string(channels) + " or more to pad to", cout);
+      }
       break;
     case Shortcut::projection:
+      block.projection = floats.conv(channels, cout, 1);
       break;
   }
-  require_range(name + "pad_before", pad_before, 0, block.shortcut == Shortcut::pad ? cout - cin : 0);
+  require_range(name + "pad_before", pad_before, 0, block.shortcut == Shortcut::pad ? cout - channels : 0);
 
   block.in_height = height;
   block.in_width = width;
-  block.out_height = (height - 1) / stride + 1;
-  block.out_width = (width - 1) / stride + 1;
-  block.stride = stride;
+  block.out_height = (height - 1) / block.stride + 1;
+  block.out_width = (width - 1) / block.stride + 1;
   block.pad_before = pad_before;
-  block.conv1 = floats.conv(cin, mid, 9);
-  block.conv2 = floats.conv(mid, cout, 9);
-  if (block.shortcut == Shortcut::projection) block.projection = floats.conv(cin, cout, 1);
-  block.router.cin = cin;
+  block.router.cin = channels;
   block.router.width = router_width;
-  block.router.weight1 = floats.take(router_width * cin);
+  block.router.weight1 = floats.take(router_width * channels);
   block.router.bias1 = floats.take(router_width);
   block.router.weight2 = floats.take(router_width);
   block.router.bias2 = floats.take(1);
@@ -94,26 +124,29 @@ PlanBlock read_block(const int64_t* row, int64_t index, int64_t channels, int64_
 Plan read_plan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t n_floats) {
   if (n_ints < kHeaderInts) fail("integers", "a header of " + std::to_string(kHeaderInts), n_ints);
   if (ints == nullptr) throw std::invalid_argument("plan: integers: null pointer");
-  require_equal("format_version", ints[0], kFormatVersion, ", the only one known here");
-  require_range("in_channels", ints[1], 1, kMaxInChannels);
-  require_range("in_height", ints[2], 1, kMaxSize);
-  require_range("in_width", ints[3], 1, kMaxSize);
-  require_range("num_classes", ints[4], 1, kMaxClasses);
-  require_range("n_blocks", ints[5], 0, kMaxBlocks);
-  require_range("stem_channels", ints[6], 1, kMaxWidth);
-  require_equal("stem_stride", ints[7], 1);
-  require_equal("integers", n_ints, kHeaderInts + kBlockInts * ints[5], ", the header and n_blocks rows");
+  Ints rows(ints, n_ints);
+  const int64_t* header = rows.take(kHeaderInts);
+  require_equal("format_version", header[0], kFormatVersion, ", the only one known here");
+  require_range("in_channels", header[1], 1, kMaxInChannels);
+  require_range("in_height", header[2], 1, kMaxSize);
+  require_range("in_width", header[3], 1, kMaxSize);
+  require_range("num_classes", header[4], 1, kMaxClasses);
+  require_range("n_blocks", header[5], 0, kMaxBlocks);
+  require_equal("pool_kernel", header[6], 0, ", for walk does not pool behind the stem");
+  require_equal("pool_stride", header[7], 0, ", for walk does not pool behind the stem");
+  require_equal("pool_padding", header[8], 0, ", for walk does not pool behind the stem");
 
   Floats layout;
-  Plan plan{ints[1], ints[2], ints[3], ints[4], layout.conv(ints[1], ints[6], 9), {}, {}};
-  int64_t channels = ints[6], height = ints[2], width = ints[3];
-  for (int64_t i = 0; i < ints[5]; ++i) {
-    const int64_t* row = ints + kHeaderInts + kBlockInts * i;
-    plan.blocks.push_back(read_block(row, i, channels, height, width, layout));
+  const PlanConv stem = read_conv("stem: ", rows, layout, header[1], nullptr);
+  Plan plan{header[1], header[2], header[3], header[4], stem, {}, {}};
+  int64_t channels = stem.cout, height = header[2], width = header[3];
+  for (int64_t i = 0; i < header[5]; ++i) {
+    plan.blocks.push_back(read_block(rows, i, channels, height, width, layout));
     channels = plan.blocks.back().conv2.cout;
     height = plan.blocks.back().out_height;
     width = plan.blocks.back().out_width;
   }
+  require_equal("integers", n_ints, rows.used(), ", as n_blocks says");
   plan.head = layout.conv(channels, plan.num_classes, 1);
   require_equal("floats", n_floats, layout.used(), ", as the integers say");
   if (floats == nullptr) throw std::invalid_argument("plan: floats: null pointer");

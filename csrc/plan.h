@@ -1,28 +1,33 @@
 // The description of a routed network that the walkers execute: filled from Python, read by every device.
 //
 // The network, on one sample x [in_channels, in_height, in_width]:
-//   map = ReLU(conv3x3(x))
+//   map = ReLU(conv(x)), then max-pooled if pool_kernel > 0
 //   for every block:  pooled = mean of map over its pixels
 //                     margin = w2 . ReLU(W1 pooled + b1) + b2
 //                     executes where margin > threshold (NaN: it does not)
-//                     map = ReLU(shortcut(map) + d * conv3x3(ReLU(conv3x3(map)))), d = 1 if executed, else 0
+//                     map = ReLU(shortcut(map) + d * body(map)), d = 1 if executed, else 0
 //   logits = Wh (mean of map over its pixels) + bh
-// BatchNorm is folded into weights and biases. A block's stride is on its first convolution and its shortcut.
+// A body is a chain of convolutions with ReLU between them. BatchNorm is folded into weights and biases.
 //
-// Integers (int64):
-//   header  format_version = 1, in_channels, in_height, in_width, num_classes, n_blocks, stem_channels,
-//           stem_stride = 1
-//   block   cin, mid, cout, stride (1 or 2), shortcut (0 identity, 1 pad, 2 projection), pad_before,
-//           router_width, 0
-// A pad shortcut takes every stride-th pixel and puts `pad_before` channels of zeros in front of its own and
-// the rest behind.
+// Integers (int64), one after the other: the header, the stem's convolution, then every block with its
+// convolutions behind it:
+//   header       format_version = 2, in_channels, in_height, in_width, num_classes, n_blocks,
+//                pool_kernel, pool_stride, pool_padding (0, 0, 0: no pooling)
+//   convolution  cin, cout, kernel, stride, padding, groups
+//   block        n_convolutions, shortcut (0 identity, 1 pad, 2 projection), shortcut_stride, pad_before,
+//                router_width
+// Shortcuts that are no identity take every shortcut_stride-th pixel. A pad puts `pad_before` channels of
+// zeros in front of its own and the rest behind; a projection is a 1x1 convolution.
 //
 // Floats (float32), one after the other without gaps:
-//   stem    weight [cout, cin, 3, 3], bias [cout]
-//   block   conv1 weight [mid, cin, 3, 3], bias [mid]; conv2 weight [cout, mid, 3, 3], bias [cout];
+//   stem    weight [cout, cin / groups, kernel, kernel], bias [cout]
+//   block   of each convolution weight [cout, cin / groups, kernel, kernel], bias [cout];
 //           projection only: weight [cout, cin], bias [cout];
 //           router W1 [width, cin], b1 [width], w2 [width], b2 [1]
 //   head    weight [classes, channels], bias [classes]
+//
+// The structs below are what a walker runs of this: a 3x3 stem without pooling, bodies of two 3x3
+// convolutions with the stride on the first, no groups.
 #pragma once
 
 #include <cstdint>
@@ -56,8 +61,9 @@ struct Plan {
   std::vector<PlanBlock> blocks;
 };
 
-// Checks every integer and the number of floats. Throws std::invalid_argument that names the block, the
-// field, what was expected and what came; nothing but the integers is read.
+// Checks every integer and the number of floats, and that a walker can run the network. Throws
+// std::invalid_argument that names the block, the field, what was expected and what came; nothing but the
+// integers is read.
 Plan read_plan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t n_floats);
 
 }  // namespace spnet

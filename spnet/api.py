@@ -18,7 +18,7 @@ from spnet.execution.plan import LoweringError, Plan
 from spnet.execution.routed import RoutedRun
 from spnet.routing import RoutedBlock, RoutedSequential, Router, active
 
-IMPLEMENTATIONS = ("masked", "routed", "walk")
+IMPLEMENTATIONS = ("masked", "routed", "batch", "walk")
 
 
 class _Scan(NamedTuple):
@@ -53,15 +53,17 @@ def _scan(model: nn.Module) -> _Scan:
 
 def _plan(model: nn.Module, impl: str) -> Plan | None:
     """The model's plan where ``impl`` asks for one and the model fits."""
-    if impl not in ("auto", "walk"):
+    if impl not in ("auto", "walk", "batch"):
         return None
     try:
-        return plan_of(model)
+        plan = plan_of(model)
+        plan.execution(impl)
+        return plan
     except LoweringError as e:
         if impl == "auto":
             return None
         _scan(model)  # a model that no execution takes is told so first
-        raise ValueError(f"impl: 'walk' does not fit this model: {e}") from e
+        raise ValueError(f"impl: {impl!r} does not fit this model: {e}") from e
 
 
 def _check_input(model: nn.Module, weight: Tensor | None, x: Tensor) -> None:
@@ -111,9 +113,9 @@ def fast_forward(
         model: any module that contains :class:`spnet.RoutedBlock`, in evaluation mode.
         x: input batch [B, ...] in the model's dtype and on its device, any memory layout; B may be 0.
         impl: "masked" computes everything and selects (the specification); "routed" gathers the samples routed
-            to each body; "walk" carries each sample through the whole network in native code; "auto" takes "walk"
-            where it fits (:func:`spnet.lower` says what does), else "routed". A named one runs or raises, it never
-            falls back.
+            to each body; "batch" does so with folded weights and fused operators; "walk" carries each sample through
+            the whole network in native code. "auto" takes "walk" where it fits, else "batch" where :func:`spnet.lower`
+            takes the model, else "routed". A named one runs or raises, it never falls back.
         paths: bool [B, L], forces the decisions of the L RoutedBlocks (``Paths.blocks`` gives their order).
         threshold: a sample executes a block where its router's z_execute - z_skip > threshold. 0 is what was trained;
             more executes less, so that one network offers a range of accuracies and times. Of no effect with paths.
@@ -137,7 +139,7 @@ def fast_forward(
         _check_input(model, model.features.stem[0].weight, x)
         if paths is not None:
             _check_paths(paths, len(x), plan.num_blocks, x.device)
-        return plan(x, paths=paths, threshold=threshold, return_paths=return_paths)
+        return plan(x, paths=paths, threshold=threshold, return_paths=return_paths, impl=impl)
     scan = _scan(model)
     _check_input(model, scan.weight, x)
     blocks = list(scan.blocks.values())
@@ -180,16 +182,20 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     scan = _scan(model)
     _check_input(model, scan.weight, x)
     try:
-        plan_of(model)
-        impl, reason = "walk", "native code carries each sample through all blocks, one sample per thread"
+        plan = plan_of(model)
+        impl, reason = plan.impl, "native code carries each sample through all blocks, one sample per thread"
+        if plan.impl == "batch":
+            reason = f"fused operators on the samples routed to each body; walk does not fit: {plan.reason}"
     except LoweringError as e:
-        impl, reason = "routed", f"gathers the samples routed to each body; walk does not fit: {e}"
+        impl, reason = "routed", f"gathers the samples routed to each body; walk and batch do not fit: {e}"
 
     def skipped(block: RoutedBlock) -> str:
         if type(block.shortcut) is not nn.Identity:
             return f"shortcut {type(block.shortcut).__name__} computed for every sample"
         if impl == "walk":
             return "a branch not taken"
+        if impl == "batch":
+            return "untouched"
         router = "" if type(block.router) is Router else "; not a spnet.Router: it reads every sample"
         if scan.hooked:
             return "copied: a forward hook on the model may keep intermediate tensors" + router

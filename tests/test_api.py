@@ -44,7 +44,7 @@ def test_returns_paths(network):
         (torch.zeros(2, 1, 32, 32, requires_grad=True), "x: requires grad"),
     ],
 )
-@pytest.mark.parametrize("impl", ["auto", "masked", "routed", "walk"])
+@pytest.mark.parametrize("impl", ["auto", "masked", "routed", "batch", "walk"])
 def test_bad_input(network, x, message, impl):
     with pytest.raises(ValueError, match=message):
         spnet.fast_forward(network, x, impl=impl)
@@ -60,7 +60,7 @@ def test_input_on_another_device_than_the_model(network):
         spnet.fast_forward(network.to("meta"), torch.zeros(1, 1, 32, 32))
 
 
-@pytest.mark.parametrize("impl", ["auto", "masked", "routed", "walk"])
+@pytest.mark.parametrize("impl", ["auto", "masked", "routed", "batch", "walk"])
 def test_batch_of_none(network, impl):
     logits, paths = spnet.fast_forward(network, torch.zeros(0, 1, 32, 32), impl=impl, return_paths=True)
     assert logits.shape == (0, 10)
@@ -68,7 +68,7 @@ def test_batch_of_none(network, impl):
     assert paths.macs.shape == (0,)
 
 
-@pytest.mark.parametrize("impl", ["masked", "routed", "walk"])
+@pytest.mark.parametrize("impl", ["masked", "routed", "batch", "walk"])
 def test_threshold(network, impl):
     x = torch.randn(8, 1, 32, 32)
 
@@ -92,7 +92,7 @@ def test_threshold(network, impl):
         decisions(math.nan)
 
 
-@pytest.mark.parametrize("impl", ["routed", "walk"])
+@pytest.mark.parametrize("impl", ["routed", "batch", "walk"])
 def test_any_memory_layout(network, impl):
     x = torch.randn(6, 1, 32, 32)
     expected = spnet.fast_forward(network, x, impl="masked")
@@ -108,7 +108,7 @@ def test_any_memory_layout(network, impl):
         torch.testing.assert_close(spnet.fast_forward(network, layout, impl=impl), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["routed", "walk"])
+@pytest.mark.parametrize("impl", ["routed", "batch", "walk"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_not_finite_input_has_the_outcome_of_masked(network, value, impl):
     x = torch.randn(5, 1, 32, 32)
@@ -217,16 +217,24 @@ def test_explain_names_the_choice_and_the_cost_of_each_skip(network):
     network.features.stem.register_forward_hook(lambda *a: None)
     text = str(spnet.explain(network, x))
     assert text.startswith("impl = routed")
-    assert "walk does not fit: a forward hook" in text
+    assert "walk and batch do not fit: a forward hook" in text
     assert "features.stage1.0  copied: a forward hook" in text
     with pytest.raises(ValueError, match=r"expected \[B, 1, 32, 32\]"):
         spnet.explain(network, torch.zeros(1, 3, 32, 32))
 
 
+def test_explain_names_the_batch_execution():
+    model = settle(spnet.models.SPNet([1, 1], [8, 8], num_classes=2, bottleneck=True, input_size=8))
+    text = str(spnet.explain(model, torch.zeros(1, 3, 8, 8)))
+    assert text.startswith("impl = batch")
+    assert "walk does not fit: block 0: n_convolutions: expected 2, all that walk computes, got 3" in text
+    assert "features.stage2.0  shortcut" in text
+
+
 def test_explain_says_that_a_block_outside_a_line_is_copied():
     block = spnet.RoutedBlock(nn.Conv2d(4, 4, 1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)))
     text = str(spnet.explain(nn.Sequential(block).eval(), torch.zeros(1, 4, 4, 4)))
-    assert "walk does not fit: Sequential is not one of spnet's own networks" in text
+    assert "walk and batch do not fit: Sequential is not one of spnet's own networks" in text
     assert "not a child of a RoutedSequential" in text
     assert "not a spnet.Router" in text
 

@@ -60,9 +60,12 @@ class Network:
         self.weights += conv(channels, self.classes, 1)
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        header = [1, self.in_channels, *self.size, self.classes, len(self.blocks), self.stem, 1]
-        rows = [[b.cin, b.mid, b.cout, b.stride, b.shortcut, b.pad_before, b.router_width, 0] for b in self.blocks]
-        return torch.tensor(header + sum(rows, [])), torch.cat([w.flatten() for w in self.weights])
+        table = [2, self.in_channels, *self.size, self.classes, len(self.blocks), 0, 0, 0]
+        table += [self.in_channels, self.stem, 3, 1, 1, 1]
+        for b in self.blocks:
+            table += [2, b.shortcut, b.stride, b.pad_before, b.router_width]
+            table += [b.cin, b.mid, 3, b.stride, 1, 1, b.mid, b.cout, 3, 1, 1, 1]
+        return torch.tensor(table), torch.cat([w.flatten() for w in self.weights])
 
     def input(self, batch: int) -> Tensor:
         return torch.randn(batch, self.in_channels, *self.size, generator=torch.Generator().manual_seed(batch))
@@ -330,73 +333,106 @@ def test_bfloat16_needs_the_level():
 
 # --- What is refused ------------------------------------------------------------------------------------------
 
-HEADER = {"format_version": 0, "in_channels": 1, "in_height": 2, "in_width": 3, "num_classes": 4, "n_blocks": 5}
-HEADER |= {"stem_channels": 6, "stem_stride": 7}
-BLOCK = ("cin", "mid", "cout", "stride", "shortcut", "pad_before", "router_width", "reserved")
+HEADER = ("format_version", "in_channels", "in_height", "in_width", "num_classes", "n_blocks")
+HEADER += ("pool_kernel", "pool_stride", "pool_padding")
+CONVOLUTION = ("cin", "cout", "kernel", "stride", "padding", "groups")
+BLOCK = ("n_convolutions", "shortcut", "shortcut_stride", "pad_before", "router_width")
+BLOCK += tuple(f"convolution {i}: {name}" for i in range(2) for name in CONVOLUTION)
 VALID = Network(3, (9, 8), 4, [Block(4, 6, 4), Block(4, 6, 9, 2, PAD, 2), Block(9, 6, 5, 2, PROJECTION)])
+
+
+def assert_refused(position: int, value: int, message: str):
+    ints, floats = VALID.tables()
+    ints[position] = value
+    with pytest.raises(ValueError, match=rf"^plan: {message}: expected .*, got {value}$"):
+        core.Plan(ints.data_ptr(), ints.numel(), floats.data_ptr(), floats.numel())
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("format_version", v) for v in (0, 2, -1)]
+    [("format_version", v) for v in (0, 1, 3, -1)]
     + [("in_channels", v) for v in (0, -3, 513)]
     + [(n, v) for n in ("in_height", "in_width") for v in (0, -1, 65)]
     + [("num_classes", v) for v in (0, -1, 1_000_001)]
     + [("n_blocks", v) for v in (-1, 100_001, 1 << 60)]
-    + [("stem_channels", v) for v in (0, -1, 4097)]
-    + [("stem_stride", v) for v in (0, 2)],
+    + [(n, v) for n in ("pool_kernel", "pool_stride", "pool_padding") for v in (-1, 1, 3)],
 )
 def test_refuses_a_header(name, value):
-    ints, floats = VALID.tables()
-    ints[HEADER[name]] = value
-    with pytest.raises(ValueError, match=rf"^plan: {name}: expected .*, got {value}$"):
-        core.Plan(ints.data_ptr(), ints.numel(), floats.data_ptr(), floats.numel())
+    assert_refused(HEADER.index(name), value, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("cin", 2), ("cout", 0), ("cout", -1), ("cout", 4097), ("kernel", 7), ("stride", 0), ("stride", 2)]
+    + [("padding", 0), ("groups", 3)],
+)
+def test_refuses_a_stem(name, value):
+    assert_refused(len(HEADER) + CONVOLUTION.index(name), value, f"stem: {name}")
 
 
 @pytest.mark.parametrize(
     ("block", "name", "value"),
     [
-        (0, "cin", 3),
-        (0, "mid", 0),
-        (0, "mid", 4097),
-        (0, "mid", 1 << 62),
-        (0, "cout", 5),
-        (0, "cout", 0),
-        (0, "stride", 2),
+        (0, "n_convolutions", 0),
+        (0, "n_convolutions", 3),
+        (0, "n_convolutions", 1 << 61),
+        (0, "convolution 0: cin", 3),
+        (0, "convolution 0: cout", 0),
+        (0, "convolution 0: cout", 4097),
+        (0, "convolution 0: cout", 1 << 62),
+        (0, "convolution 0: kernel", 1),
+        (0, "convolution 0: padding", 0),
+        (0, "convolution 0: groups", 2),
+        (0, "convolution 1: cin", 5),
+        (0, "convolution 1: cout", 0),
+        (0, "convolution 1: stride", 2),
+        (0, "shortcut_stride", 2),
         (0, "pad_before", 1),
-        (0, "reserved", 1),
         (0, "router_width", 0),
         (0, "router_width", 4097),
-        (1, "cin", 5),
-        (1, "cout", 3),
-        (1, "cout", 4097),
-        (1, "stride", 0),
-        (1, "stride", 3),
+        (1, "convolution 0: cin", 5),
+        (1, "convolution 1: cout", 4097),
+        (1, "convolution 0: stride", 0),
+        (1, "convolution 0: stride", 3),
+        (1, "shortcut_stride", 1),
         (1, "shortcut", -1),
         (1, "shortcut", 3),
         (1, "pad_before", -1),
         (1, "pad_before", 6),
-        (2, "cin", 4),
+        (2, "convolution 0: cin", 4),
         (2, "pad_before", 1),
-        (2, "stride", -2),
+        (2, "shortcut_stride", -2),
     ],
 )
 def test_refuses_a_block(block, name, value):
-    ints, floats = VALID.tables()
-    ints[8 + 8 * block + BLOCK.index(name)] = value
-    with pytest.raises(ValueError, match=rf"^plan: block {block}: {name}: expected .*, got {value}$"):
-        core.Plan(ints.data_ptr(), ints.numel(), floats.data_ptr(), floats.numel())
+    start = len(HEADER) + len(CONVOLUTION) + len(BLOCK) * block
+    assert_refused(start + BLOCK.index(name), value, f"block {block}: {name}")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([Block(4, 6, 5)], "block 0: cout: expected 4 as cin"),
+        ([Block(4, 6, 4, 2)], "block 0: stride: expected 1, for the shortcut is the identity"),
+        ([Block(4, 6, 3, 1, PAD)], "block 0: cout: expected cin = 4 or more to pad to"),
+    ],
+)
+def test_refuses_a_shortcut(blocks, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(Network(3, (9, 8), 4, blocks))
 
 
 def test_refuses_other_numbers_of_integers_and_floats():
     ints, floats = VALID.tables()
     n_ints, n_floats = ints.numel(), floats.numel()
-    for n in (-1, 0, 7):
-        with pytest.raises(ValueError, match=f"integers: expected a header of 8, got {n}"):
+    for n in (-1, 0, 8):
+        with pytest.raises(ValueError, match=f"integers: expected a header of 9, got {n}"):
             core.Plan(ints.data_ptr(), n, floats.data_ptr(), n_floats)
-    for n in (8, n_ints - 1, n_ints + 8):
-        with pytest.raises(ValueError, match=f"integers: expected {n_ints}, .*, got {n}"):
+    for n in range(9, n_ints):
+        with pytest.raises(ValueError, match=f"integers: expected [0-9]+ or more, .*, got {n}"):
             core.Plan(ints.data_ptr(), n, floats.data_ptr(), n_floats)
+    with pytest.raises(ValueError, match=f"integers: expected {n_ints}, .*, got {n_ints + 5}"):
+        core.Plan(ints.data_ptr(), n_ints + 5, floats.data_ptr(), n_floats)
     for n in (-1, 0, n_floats - 1, n_floats + 1, 1 << 61):
         with pytest.raises(ValueError, match=f"floats: expected {n_floats}, .*, got {n}"):
             core.Plan(ints.data_ptr(), n_ints, floats.data_ptr(), n)

@@ -1,11 +1,13 @@
-"""Lowering: a routed network becomes a flat table of blocks with folded weights, read by the native executions.
+"""Lowering: a routed network becomes a flat table of blocks with folded weights, which the fast executions run.
 
-``csrc/plan.h`` describes the same table. A plan needs no model class to run, and its file holds no code.
+``spnet/execution/table.py`` and ``csrc/plan.h`` describe the table. A plan needs no model class to run, and its file
+holds no code.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -15,16 +17,16 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from spnet.analysis.macs import BlockMacs, Macs, count_macs
+from spnet.execution.batch import Batch
 from spnet.execution.paths import Paths
+from spnet.execution.table import FORMAT_VERSION, IDENTITY, PAD, PROJECTION, Block, Convolution, Network, read_table
+from spnet.execution.walk import Walk
 from spnet.models.files import write_whole
 from spnet.models.resnet import PadShortcut, SPNet
-from spnet.native import core
 from spnet.routing import RoutedBlock, Router
 
-FORMAT_VERSION = 1
-_IDENTITY, _PAD, _PROJECTION = 0, 1, 2
-_PRECISIONS = {torch.float32: core.Precision.float32, torch.bfloat16: core.Precision.bfloat16}
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _PRECISIONS}
+_EXECUTIONS = {"walk": Walk, "batch": Batch}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TENSORS = {
     "table": (torch.int64, 1),
     "weights": (torch.float32, 1),
@@ -46,56 +48,77 @@ class Plan:
         macs: cost of the network, as counted before folding.
         dtype: float32 or bfloat16, of the maps and of the packed weights; routers and sums are float32 always.
 
+    Attributes:
+        impl: "walk" where the native core runs the network, else "batch".
+        reason: why it is not "walk", in words; empty where it is.
+
     Raises:
-        ValueError: an impossible table, weights that do not fit it, or a dtype that this processor does not compute.
+        ValueError: an impossible table, weights that do not fit it, or another dtype.
     """
 
     def __init__(self, table: Tensor, weights: Tensor, macs: Macs, dtype: torch.dtype = torch.float32):
-        if dtype not in _PRECISIONS or (dtype == torch.bfloat16 and not core.has_bfloat16()):
-            raise ValueError(f"dtype: {dtype} is not computed by this processor and build")
-        self.table, self.weights, self.macs, self.dtype = table.contiguous(), weights.contiguous(), macs, dtype
-        tables = (self.table.data_ptr(), self.table.numel(), self.weights.data_ptr(), self.weights.numel())
-        self._native = core.Plan(*tables, _PRECISIONS[dtype])
-        _, channels, height, width, self.num_classes, self.num_blocks = self.table[:6].tolist()
+        if dtype not in _DTYPES.values():
+            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
+        self.network = read_table(table)
+        expected = sum(math.prod(shape) for shape in self.network.shapes())
+        if weights.numel() != expected:
+            raise ValueError(f"weights: expected {expected} floats, as the table says, got {weights.numel()}")
+        self.weights, self.macs, self.dtype = weights.contiguous(), macs, dtype
+        self.num_classes, self.num_blocks = self.network.num_classes, len(self.network.blocks)
         if len(macs.blocks) != self.num_blocks:
             raise ValueError(f"macs: expected {self.num_blocks} blocks, got {len(macs.blocks)}")
-        self.input_shape = (channels, height, width)
+        self.input_shape = self.network[:3]
+        self._executions: dict[str, Walk | Batch] = {}
+        self.impl, self.reason = "walk", ""
+        try:
+            self.execution("walk")
+        except LoweringError as e:
+            self.impl, self.reason = "batch", str(e)
+            self.execution("batch")
+
+    def execution(self, impl: str = "auto") -> Walk | Batch:
+        """The weights as one execution has packed them, when it was first asked for.
+
+        Raises:
+            LoweringError: the network does not fit ``impl``.
+        """
+        impl = self.impl if impl == "auto" else impl
+        found = self._executions.get(impl)
+        if found is None:
+            try:
+                found = self._executions[impl] = _EXECUTIONS[impl](self.network, self.weights, self.dtype)
+            except ValueError as e:
+                raise LoweringError(str(e).removeprefix("plan: ")) from e
+        return found
 
     def __call__(
-        self, x: Tensor, *, paths: Tensor | None = None, threshold: float = 0.0, return_paths: bool = False
+        self,
+        x: Tensor,
+        *,
+        paths: Tensor | None = None,
+        threshold: float = 0.0,
+        return_paths: bool = False,
+        impl: str = "auto",
     ) -> Tensor | tuple[Tensor, Paths]:
-        """Run the network, each worker thread one sample at a time; ``torch.get_num_threads()`` of them.
+        """Run the network with ``torch.get_num_threads()`` threads.
 
         Args:
             x: [B, C, H, W] of the plan's dtype on the CPU, any strides.
             paths: bool [B, L], forces the decisions.
             threshold: a sample executes a block where z_execute - z_skip > threshold.
             return_paths: also return :class:`spnet.Paths`.
+            impl: "walk" or "batch"; "auto" takes ``plan.impl``.
 
         Returns:
             Logits [B, classes] of the plan's dtype, or (logits, Paths).
 
         Raises:
-            ValueError: another shape, dtype or device.
+            ValueError: another shape, dtype or device; LoweringError where the network does not fit ``impl``.
         """
         _check("x", x, self.dtype, (None, *self.input_shape))
-        batch = len(x)
         if paths is not None:
-            _check("paths", paths, torch.bool, (batch, self.num_blocks))
-            paths = paths.contiguous()
-        values = x.detach().float()  # bfloat16 pixels are converted once; float32 ones are not copied
-        logits = torch.empty(batch, self.num_classes)
-        decisions = torch.empty(batch, self.num_blocks, dtype=torch.bool)
-        self._native.run(
-            values.data_ptr(),
-            batch,
-            *values.stride(),
-            0 if paths is None else paths.data_ptr(),
-            threshold,
-            logits.data_ptr(),
-            decisions.data_ptr(),
-            torch.get_num_threads(),
-        )
+            _check("paths", paths, torch.bool, (len(x), self.num_blocks))
+        logits, decisions = self.execution(impl).run(x, paths, threshold)
         logits = logits.to(self.dtype)
         if not return_paths:
             return logits
@@ -110,7 +133,7 @@ class Plan:
         """
         blocks = self.macs.blocks
         tensors = {
-            "table": self.table,
+            "table": self.network.table(),
             "weights": self.weights,
             "costs": torch.tensor([[b.body, b.shortcut, b.router, b.parameters] for b in blocks]).reshape(-1, 4),
             "total": torch.tensor([self.macs.dense, self.macs.parameters]),
@@ -171,43 +194,43 @@ def load_plan(path: str | Path) -> Plan:
 def lower(model: nn.Module) -> Plan:
     """Lower a routed network in evaluation mode: BatchNorm folded, two router logits folded into one margin.
 
-    Covers the CIFAR family of :class:`spnet.models.SPNet`: basic blocks, option-A or projection shortcuts, any
-    depth, widths and classes, 1 to 512 input channels, inputs up to 64x64; float32 and bfloat16 on the CPU.
+    Covers networks whose forward is that of :class:`spnet.models.SPNet`, in their CIFAR and ImageNet forms: a stem of
+    one convolution with or without max-pooling, bodies of convolutions with BatchNorm, identity, option-A or projection
+    shortcuts; any depth, widths, groups and classes; float32 and bfloat16 on the CPU.
 
     Raises:
         LoweringError: a network that does not fit; the message says why.
     """
     check_fit(model)
-    stem = model.features.stem
     blocks = [block for stage in model.stages for block in stage]
     if len(set(map(id, blocks))) < len(blocks):
         raise LoweringError("a block stands in two places, so its executions have no one column in the paths")
-    size, head = model.input_size, model.heads[-1]
-    table = [FORMAT_VERSION, model.in_channels, size, size, model.num_classes, len(blocks), stem[0].out_channels, 1]
-    weights = [*_fold(stem[0], stem[1])]
+    stem, size, head = list(model.features.stem), model.input_size, model.heads[-1]
+    pool = _lower_pool(stem.pop()) if type(stem[-1]) is nn.MaxPool2d else (0, 0, 0)
+    if len(stem) != 3 or type(stem[-1]) is not nn.ReLU:
+        raise LoweringError("the stem is not a convolution with BatchNorm, ReLU and at most a max-pooling")
+    [first], weights = _lower_chain("the stem", nn.Sequential(*stem[:2]))
+    rows = []
     for number, block in enumerate(blocks):
         row, folded = _lower_block(number, block)
-        table += row
+        rows.append(row)
         weights += folded
+    network = Network(model.in_channels, size, size, model.num_classes, pool, first, tuple(rows))
     flat = torch.cat([w.detach().float().flatten() for w in (*weights, head.weight, head.bias)])
     macs = count_macs(model, (model.in_channels, size, size))
-    return Plan(torch.tensor(table), flat, macs, stem[0].weight.dtype)
+    try:
+        return Plan(network.table(), flat, macs, stem[0].weight.dtype)
+    except ValueError as e:
+        raise LoweringError(str(e).removeprefix("plan: ")) from e
 
 
 def check_fit(model: nn.Module) -> None:
     """Raise the LoweringError of :func:`lower` for what can be said without reading the blocks."""
-    if type(model) is not SPNet:
+    if getattr(type(model), "forward", None) is not SPNet.forward:
         raise LoweringError(f"{type(model).__name__} is not one of spnet's own networks")
-    stem = list(model.features.stem)
-    if [type(m) for m in stem] != [nn.Conv2d, nn.BatchNorm2d, nn.ReLU] or not _is_3x3(stem[0]):
-        raise LoweringError("the stem is not a 3x3 convolution with BatchNorm and ReLU")
-    weight = stem[0].weight
-    if weight.dtype not in _PRECISIONS or weight.device.type != "cpu":
+    weight = model.heads[-1].weight
+    if weight.dtype not in _DTYPES.values() or weight.device.type != "cpu":
         raise LoweringError(f"{weight.dtype} on {weight.device} is neither float32 nor bfloat16 on the CPU")
-    if weight.dtype == torch.bfloat16 and not core.has_bfloat16():
-        raise LoweringError("this processor does not multiply bfloat16")
-    if model.input_size > 64 or model.in_channels > 512:
-        raise LoweringError(f"inputs of [{model.in_channels}, {model.input_size}, {model.input_size}] are too large")
     for module in model.modules():
         if module.training:
             raise LoweringError("the network is in training mode")
@@ -215,43 +238,56 @@ def check_fit(model: nn.Module) -> None:
             raise LoweringError("a forward hook expects the modules to be called")
 
 
-def _lower_block(number: int, block: nn.Module) -> tuple[list[int], list[Tensor]]:
-    """One row of the table and the weights that belong to it."""
+def _lower_block(number: int, block: nn.Module) -> tuple[Block, list[Tensor]]:
+    """One block and the weights that belong to it."""
+    name = f"block {number}"
     if type(block) is not RoutedBlock or type(block.router) is not Router or type(block.activation) is not nn.ReLU:
-        raise LoweringError(f"block {number} is no RoutedBlock with a spnet.Router and a ReLU")
-    body = list(block.body)
-    basic = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.BatchNorm2d]
-    if [type(m) for m in body] != basic or not (_is_3x3(body[0]) and _is_3x3(body[3])):
-        raise LoweringError(f"block {number} has no body of two 3x3 convolutions with BatchNorm")
-    first, second, shortcut = body[0], body[3], block.shortcut
-    weights = [*_fold(first, body[1]), *_fold(second, body[4])]
-    kind, front = _PROJECTION, 0
-    if type(shortcut) is nn.Identity:
-        kind = _IDENTITY
-    elif type(shortcut) is PadShortcut:
-        kind, front = _PAD, shortcut.pad[0]
-    else:
-        weights += _fold(*shortcut)
+        raise LoweringError(f"{name} is no RoutedBlock with a spnet.Router and a ReLU")
+    body, weights = _lower_chain(f"the body of {name}", block.body)
+    shortcut, kind, stride, front = block.shortcut, IDENTITY, 1, 0
+    if type(shortcut) is PadShortcut:
+        kind, stride, front = PAD, shortcut.stride, shortcut.pad[0]
+    elif type(shortcut) is not nn.Identity:
+        [projection], folded = _lower_chain(f"the shortcut of {name}", shortcut)
+        kind, stride = PROJECTION, projection.stride
+        if projection != Convolution(body[0].cin, body[-1].cout, 1, stride):
+            raise LoweringError(f"the shortcut of {name} is not a 1x1 convolution")
+        weights += folded
     router = block.router
     weights += fuse_linear_bn_weights(router.fc1.weight, router.fc1.bias, *_statistics(router.bn))
     # The two logits matter by their difference alone.
     (w_skip, w_execute), (b_skip, b_execute) = router.fc2.weight, router.fc2.bias
     weights += [w_execute - w_skip, b_execute - b_skip]
-    channels = [first.in_channels, first.out_channels, second.out_channels]
-    return [*channels, first.stride[0], kind, front, router.fc1.out_features, 0], weights
+    return Block(tuple(body), kind, stride, front, router.fc1.out_features), weights
 
 
-def _is_3x3(conv: nn.Conv2d) -> bool:
-    plain = conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
-    square = conv.stride in ((1, 1), (2, 2))
-    return plain and square and conv.kernel_size == (3, 3) and conv.padding == (1, 1)
+def _lower_pool(pool: nn.MaxPool2d) -> tuple[int, int, int]:
+    sizes = [set(n) if isinstance(n, tuple) else {n} for n in (pool.kernel_size, pool.stride, pool.padding)]
+    if any(len(s) != 1 for s in sizes) or pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
+        raise LoweringError("the stem has a max-pooling that is not square, undilated and rounded down")
+    return tuple(s.pop() for s in sizes)
+
+
+def _lower_chain(name: str, chain: nn.Module) -> tuple[list[Convolution], list[Tensor]]:
+    """The shapes and folded weights of Conv-BN-ReLU-...-Conv-BN."""
+    modules = list(chain) if type(chain) is nn.Sequential else []
+    types, pattern = [type(m) for m in modules], [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    if not types or (pattern * len(types))[: len(types)] != types or types[-1] is not nn.BatchNorm2d:
+        raise LoweringError(f"{name} is not a chain of convolutions with BatchNorm and ReLU")
+    shapes, weights = [], []
+    for conv, bn in zip(modules[::3], modules[1::3], strict=True):
+        square = all(len(set(pair)) == 1 for pair in (conv.kernel_size, conv.stride, conv.padding))
+        if not square or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+            raise LoweringError(f"{name} has a convolution that is not square, undilated and zero-padded")
+        sizes = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        shapes.append(Convolution(conv.in_channels, conv.out_channels, *sizes, conv.groups))
+        bias = None if conv.bias is None else conv.bias.float()
+        weights += fuse_conv_bn_weights(conv.weight.float(), bias, *_statistics(bn))
+    return shapes, weights
 
 
 def _statistics(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple:
+    if bn.running_mean is None or bn.weight is None:
+        raise LoweringError("a BatchNorm has no running statistics or no weights")
     # In float32 also for a half model: its rounding belongs at the end.
     return bn.running_mean.float(), bn.running_var.float(), bn.eps, bn.weight.float(), bn.bias.float()
-
-
-def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    bias = None if conv.bias is None else conv.bias.float()
-    return fuse_conv_bn_weights(conv.weight.float(), bias, *_statistics(bn))

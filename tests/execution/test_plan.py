@@ -60,7 +60,23 @@ def test_bad_paths(network):
 
 
 def _replace_body(model):
-    model.features.stage1[0].body[0] = nn.Conv2d(6, 6, 5, padding=2).eval()
+    model.features.stage1[0].body[2] = nn.GELU().eval()
+
+
+def _dilate_body(model):
+    model.features.stage1[0].body[3] = nn.Conv2d(6, 6, 3, padding=2, dilation=2).eval()
+
+
+def _replace_shortcut(model):
+    model.features.stage2[0].shortcut = nn.Sequential(nn.Conv2d(6, 10, 3, 2, 1), nn.BatchNorm2d(10)).eval()
+
+
+def _replace_stem(model):
+    model.features.stem.append(nn.AvgPool2d(2).eval())
+
+
+def _replace_pool(model):
+    model.features.stem.append(nn.MaxPool2d(2, ceil_mode=True).eval())
 
 
 def _replace_activation(model):
@@ -78,7 +94,11 @@ def _share_block(model):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_replace_body, "block 0 has no body of two 3x3 convolutions"),
+        (_replace_body, "the body of block 0 is not a chain of convolutions with BatchNorm and ReLU"),
+        (_dilate_body, "the body of block 0 has a convolution that is not square, undilated"),
+        (_replace_shortcut, "the shortcut of block 2 is not a 1x1 convolution"),
+        (_replace_stem, "the stem is not a convolution with BatchNorm, ReLU and at most a max-pooling"),
+        (_replace_pool, "a max-pooling that is not square, undilated and rounded down"),
         (_replace_activation, "block 0 is no RoutedBlock with a spnet.Router and a ReLU"),
         (_replace_router, "block 1 is no RoutedBlock with a spnet.Router"),
         (_share_block, "a block stands in two places"),
@@ -96,43 +116,63 @@ def test_what_does_not_fit_is_said(change, reason):
         spnet.lower(model)
 
 
+def test_networks_that_do_not_fit():
+    with pytest.raises(spnet.LoweringError, match="RoutedSequential is not one of spnet's own networks"):
+        spnet.lower(spnet.RoutedSequential(nn.ReLU()).eval())
+    with pytest.raises(spnet.LoweringError, match="block 0 is no RoutedBlock"):
+        spnet.lower(spnet.create_model("resnet20_cifar", routed=False).eval())
+
+    class Other(spnet.SPNet):
+        def forward(self, x):
+            return -super().forward(x)
+
+    with pytest.raises(spnet.LoweringError, match="Other is not one of spnet's own networks"):
+        spnet.lower(Other([1], [4], num_classes=2).eval())
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: spnet.create_model("resnet18", num_classes=3), "the stem is not a 3x3 convolution"),
-        (lambda: spnet.RoutedSequential(nn.ReLU()), "RoutedSequential is not one of spnet's own networks"),
-        (lambda: _small(input_size=65), "inputs of .* are too large"),
-        (lambda: _small(in_channels=513), "inputs of .* are too large"),
-        (lambda: spnet.models.SPNet([1], [8], num_classes=2, bottleneck=True), "block 0 has no body of two 3x3"),
-        (lambda: spnet.create_model("resnet20_cifar", routed=False), "block 0 is no RoutedBlock"),
+        (lambda: spnet.create_model("resnet18", num_classes=3), "in_height: expected 1 to 64, got 224"),
+        (lambda: _small(input_size=65), "in_height: expected 1 to 64, got 65"),
+        (lambda: _small(in_channels=513), "in_channels: expected 1 to 512, got 513"),
+        (lambda: _small(bottleneck=True), "block 0: n_convolutions: expected 2, all that walk computes, got 3"),
+        (lambda: _small(imagenet=True), "pool_kernel: expected 0, for walk does not pool behind the stem, got 3"),
     ],
 )
-def test_networks_that_do_not_fit(model, reason):
+def test_networks_that_walk_does_not_run(model, reason):
+    model = model().eval()
+    plan = spnet.lower(model)
+    assert plan.impl == "batch"
+    assert plan.reason.startswith(reason)
     with pytest.raises(spnet.LoweringError, match=reason):
-        spnet.lower(model().eval())
+        plan(torch.zeros(1, *plan.input_shape), impl="walk")
+    with pytest.raises(ValueError, match=f"impl: 'walk' does not fit this model: {reason}"):
+        spnet.fast_forward(model, torch.zeros(1, *plan.input_shape), impl="walk")
 
 
+@pytest.mark.parametrize("options", [{"shortcut": "projection"}, {"bottleneck": True, "imagenet": True}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_and_loaded(tmp_path, dtype):
-    model = _small(shortcut="projection").to(dtype)
+def test_saved_and_loaded(tmp_path, dtype, options):
+    model = _small(**options).to(dtype)
     x = torch.randn(3, 2, 12, 12).to(dtype)
-    try:
-        plan = spnet.lower(model)
-    except spnet.LoweringError as e:
-        pytest.skip(str(e))
+    plan = spnet.lower(model)
     plan.save(tmp_path / "plan.safetensors")
     loaded = spnet.load_plan(tmp_path / "plan.safetensors")
-    a, paths_a = plan(x, return_paths=True)
-    b, paths_b = loaded(x, return_paths=True)
-    assert a.dtype == dtype
-    assert torch.equal(a, b)
-    assert torch.equal(paths_a.macs, paths_b.macs)
-    assert paths_a.blocks == paths_b.blocks
+    assert loaded.impl == plan.impl
+    for impl in {"batch", plan.impl}:
+        a, paths_a = plan(x, return_paths=True, impl=impl)
+        b, paths_b = loaded(x, return_paths=True, impl=impl)
+        assert a.dtype == dtype
+        assert torch.equal(a, b)
+        assert torch.equal(paths_a.macs, paths_b.macs)
+        assert paths_a.blocks == paths_b.blocks
 
 
-def test_damaged_files_are_refused(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"bottleneck": True, "imagenet": True}])
+def test_damaged_files_are_refused(tmp_path, options):
     path = tmp_path / "plan.safetensors"
-    spnet.lower(_small()).save(path)
+    spnet.lower(_small(**options)).save(path)
     whole = path.read_bytes()
     for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
@@ -140,7 +180,7 @@ def test_damaged_files_are_refused(tmp_path):
             spnet.load_plan(path)
     path.write_bytes(whole)
     tensors = load_file(path)
-    meta = {"spnet-plan": "1", "dtype": "float32", "blocks": "a\nb\nc\nd"}
+    meta = {"spnet-plan": "2", "dtype": "float32", "blocks": "a\nb\nc\nd"}
 
     def refused(message: str, tensors=tensors, **changed):
         described = meta | changed
@@ -148,7 +188,7 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             spnet.load_plan(path)
 
-    refused("plan version 2, expected 1", **{"spnet-plan": "2"})
+    refused("plan version 1, expected 2", **{"spnet-plan": "1"})
     refused("is no plan", dtype="float16")
     refused("is no plan", blocks="a")
     refused("is no plan", {**tensors, "more": torch.zeros(1)})

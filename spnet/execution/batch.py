@@ -1,0 +1,185 @@
+"""``batch``: a plan run block by block on the whole batch, each body on the samples that execute it alone.
+
+On the CPU: channels-last maps and PyTorch's fused oneDNN operators, which are private; where they are missing or
+oneDNN is switched off, public ones do the same. The samples of a channels-last batch are consecutive chunks of memory,
+so a *run* of neighbouring samples that execute a block is a batch without a gather, and its residual is added in place.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spnet.execution.table import IDENTITY, PAD, PROJECTION, Block, Convolution, Network
+
+
+class _Convolution:
+    """A convolution of channels-last maps by public operators."""
+
+    def __init__(self, shape: Convolution, weight: Tensor, bias: Tensor):
+        self._weight, self._bias = weight.contiguous(memory_format=torch.channels_last), bias
+        self._options = shape.stride, shape.padding, 1, shape.groups
+
+    def __call__(self, x: Tensor, relu: bool) -> Tensor:
+        y = F.conv2d(x, self._weight, self._bias, *self._options)
+        return y.relu_() if relu else y
+
+    def add_to_(self, y: Tensor, x: Tensor) -> None:
+        """y = ReLU(y + convolution(x)) in place."""
+        y.add_(self(x, False)).relu_()
+
+
+class _FusedConvolution(_Convolution):
+    """The same by oneDNN, with the weights in its own order. Its ReLU turns NaN into 0."""
+
+    def __init__(self, shape: Convolution, weight: Tensor, bias: Tensor):
+        padding, stride = [shape.padding] * 2, [shape.stride] * 2
+        self._weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, [1, 1], shape.groups)
+        self._bias, self._options = bias, (padding, stride, [1, 1], shape.groups)
+
+    def __call__(self, x: Tensor, relu: bool) -> Tensor:
+        unary = "relu" if relu else "none"
+        return _pointwise(x, self._weight, self._bias, *self._options, unary, [], "")
+
+    def add_to_(self, y: Tensor, x: Tensor) -> None:
+        _pointwise_add_(y, x, self._weight, self._bias, *self._options, "add", 1.0, "relu", [], "")
+
+
+def _operator(name: str, overload: str):
+    return getattr(getattr(torch.ops.mkldnn, name, None), overload, None)
+
+
+_pointwise = _operator("_convolution_pointwise", "default")
+_pointwise_add_ = _operator("_convolution_pointwise_", "binary")
+
+
+def _has_fused(dtype: torch.dtype) -> bool:
+    found = _pointwise is not None and _pointwise_add_ is not None
+    found = found and _operator("_reorder_convolution_weight", "default") is not None
+    if not (found and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class _Layers:
+    """The weights of a network, ready to run."""
+
+    def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype, make: type[_Convolution]):
+        parts = iter(weights.split([torch.Size(shape).numel() for shape in network.shapes()]))
+        shapes = network.shapes()
+
+        def take() -> Tensor:
+            return next(parts).view(next(shapes))
+
+        def convolution(shape: Convolution) -> _Convolution:
+            return make(shape, take().to(dtype), take().to(dtype))
+
+        self.stem = convolution(network.stem)
+        self.blocks = []
+        for block in network.blocks:
+            body = [convolution(shape) for shape in block.body]
+            projection = convolution(block.projection) if block.shortcut == PROJECTION else None
+            self.blocks.append((block, body, projection, [take() for _ in range(4)]))
+        self.head = take(), take()
+
+
+class Batch:
+    """Any plan on the CPU, in float32 or bfloat16.
+
+    Args:
+        network: the shapes.
+        weights: float32 [n], in the order of ``network.shapes()``.
+        dtype: of the maps and convolutions; routers, pooled sums and the head are float32.
+    """
+
+    def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype):
+        self._network, self._weights, self._dtype = network, weights, dtype
+        # The ReLU of the fused operators would hide a NaN, here one of the weights.
+        self._is_fused = _has_fused(dtype) and bool(weights.isfinite().all())
+        self._layers = _Layers(network, weights, dtype, _FusedConvolution) if self._is_fused else self._plain
+
+    @cached_property
+    def _plain(self) -> _Layers:
+        return _Layers(self._network, self._weights, self._dtype, _Convolution)
+
+    @torch.no_grad()
+    def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+        """x [B, C, H, W], paths bool [B, L] or None -> float32 logits [B, classes], decisions bool [B, L]."""
+        logits, decisions = self._run(self._layers, x, paths, threshold)
+        if self._is_fused and not x.sum(dtype=torch.float32).isfinite():
+            bad = ~x.isfinite().flatten(1).all(1)
+            paths = None if paths is None else paths[bad]
+            logits[bad], decisions[bad] = self._run(self._plain, x[bad], paths, threshold)
+        return logits, decisions
+
+    def _run(self, layers: _Layers, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+        n_blocks = len(layers.blocks)
+        if not len(x):
+            return torch.empty(0, self._network.num_classes), torch.empty(0, n_blocks, dtype=torch.bool)
+        state = layers.stem(x.contiguous(memory_format=torch.channels_last), True)
+        if self._network.pool[0]:
+            state = F.max_pool2d(state, *self._network.pool)
+        decisions = torch.empty(len(x), n_blocks, dtype=torch.bool) if paths is None else paths.clone()
+        pooled = None
+        for column, (block, body, projection, router) in enumerate(layers.blocks):
+            if paths is None:
+                if pooled is None:
+                    pooled = _pool(state)
+                decisions[:, column] = _margin(pooled, *router) > threshold
+            executed, skipped = _runs(decisions[:, column])
+            if block.shortcut == IDENTITY:
+                for run in executed:
+                    _add_body_(body, state[run], state[run])
+                    if pooled is not None:
+                        pooled[run] = _pool(state[run])
+            else:
+                state = _execute_strided(block, body, projection, state, executed, skipped)
+                pooled = None
+        return F.linear(_pool(state), *layers.head), decisions
+
+
+def _execute_strided(block: Block, body: list, projection, x: Tensor, executed: list, skipped: list) -> Tensor:
+    if block.shortcut == PAD:
+        behind = block.body[-1].cout - block.body[0].cin - block.pad_before
+        y = x[:, :, :: block.stride, :: block.stride]
+        y = F.pad(y, (0, 0, 0, 0, block.pad_before, behind)).contiguous(memory_format=torch.channels_last)
+    else:
+        y = projection(x, False)
+    for run in executed:
+        _add_body_(body, y[run], x[run])
+    for run in skipped:
+        y[run].relu_()
+    return y
+
+
+def _add_body_(body: list[_Convolution], y: Tensor, x: Tensor) -> None:
+    """y = ReLU(y + body(x)) in place; y may be x."""
+    *first, last = body
+    for convolution in first:
+        x = convolution(x, True)
+    last.add_to_(y, x if first else x.clone())
+
+
+def _runs(decisions: Tensor) -> tuple[list[slice], list[slice]]:
+    """Runs of neighbouring samples that execute, and of those that skip: decisions bool [B]."""
+    runs = [], []
+    begin = 0
+    for value, group in groupby(decisions.tolist()):
+        end = begin + len(list(group))
+        runs[not value].append(slice(begin, end))
+        begin = end
+    return runs
+
+
+def _pool(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> float32 [B, C]"""
+    return x.mean((2, 3), dtype=torch.float32)
+
+
+def _margin(pooled: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """z_execute - z_skip [B] of the pooled vectors [B, C]."""
+    return F.linear(F.relu(F.linear(pooled, weight1, bias1)), weight2, bias2)[:, 0]

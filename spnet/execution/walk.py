@@ -1,0 +1,50 @@
+"""``walk``: a plan run by the native core, one sample per worker thread with its feature map in cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spnet.execution.table import Network
+from spnet.native import core
+
+_PRECISIONS = {torch.float32: core.Precision.float32, torch.bfloat16: core.Precision.bfloat16}
+
+
+class Walk:
+    """The CIFAR form with basic blocks on the CPU: maps up to 64x64, 1 to 512 input channels.
+
+    Args:
+        network: the shapes.
+        weights: float32 [n], in the order of ``network.shapes()``; packed for this processor, not kept.
+        dtype: of the maps and the packed weights.
+
+    Raises:
+        ValueError: a network that the native core does not run, or a dtype that this processor does not multiply.
+    """
+
+    def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype):
+        if dtype == torch.bfloat16 and not core.has_bfloat16():
+            raise ValueError("this processor does not multiply bfloat16")
+        table = network.table()
+        tables = (table.data_ptr(), table.numel(), weights.data_ptr(), weights.numel())
+        self._native = core.Plan(*tables, _PRECISIONS[dtype])
+        self._outputs = network.num_classes, len(network.blocks)
+
+    def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+        """x [B, C, H, W], paths bool [B, L] or None -> float32 logits [B, classes], decisions bool [B, L]."""
+        batch, (classes, blocks) = len(x), self._outputs
+        values = x.detach().float()  # bfloat16 pixels are converted once; float32 ones are not copied
+        paths = None if paths is None else paths.contiguous()
+        logits, decisions = torch.empty(batch, classes), torch.empty(batch, blocks, dtype=torch.bool)
+        self._native.run(
+            values.data_ptr(),
+            batch,
+            *values.stride(),
+            0 if paths is None else paths.data_ptr(),
+            threshold,
+            logits.data_ptr(),
+            decisions.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return logits, decisions

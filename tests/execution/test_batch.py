@@ -1,0 +1,181 @@
+"""``batch`` against ``masked`` by the contract of equality, with the fused operators and without them."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import spnet
+from spnet.execution import batch as batch_module
+from spnet.routing import routed_blocks
+from tests.conftest import margins, settle
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def _group(model: nn.Module, groups: int) -> None:
+    """Give every convolution in the middle of a body groups."""
+    for block in routed_blocks(model).values():
+        for i, conv in enumerate(block.body):
+            if isinstance(conv, nn.Conv2d) and conv.in_channels % groups == 0 and conv.out_channels % groups == 0:
+                sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding
+                block.body[i] = nn.Conv2d(*sizes, groups=groups, bias=False)
+
+
+@st.composite
+def networks(draw) -> nn.Module:
+    """Networks of both forms with awkward widths, sizes and depths."""
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    stages = draw(st.integers(1, 3))
+    imagenet = draw(st.booleans())
+    model = spnet.models.SPNet(
+        [draw(st.integers(1, 3)) for _ in range(stages)],
+        sorted(draw(st.sampled_from([1, 3, 8, 16, 24, 33])) for _ in range(stages)),
+        num_classes=draw(st.sampled_from([1, 2, 10])),
+        in_channels=draw(st.sampled_from([1, 3, 5])),
+        input_size=draw(st.sampled_from([1, 5, 8, 16, 31, 48])),
+        bottleneck=draw(st.booleans()),
+        imagenet=imagenet,
+        shortcut=draw(st.sampled_from(["pad", "projection"])),
+        router_width=draw(st.sampled_from([16, 128])),
+    )
+    _group(model, draw(st.sampled_from([1, 1, 2, 8])))
+    return settle(model)
+
+
+def _input(model: nn.Module, batch: int) -> torch.Tensor:
+    return torch.randn(batch, model.in_channels, model.input_size, model.input_size)
+
+
+@pytest.fixture(params=["fused", "public"], autouse=True)
+def operators(request, monkeypatch):
+    if request.param == "public":
+        monkeypatch.setattr(batch_module, "_has_fused", lambda dtype: False)
+
+
+def _assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    scale = expected.abs().max().clamp(min=1e-6) if expected.numel() else 1
+    assert ((got - expected).abs() <= 1e-4 * scale).all()
+
+
+@given(networks(), st.sampled_from([0, 1, 2, 7]), st.sampled_from([0.0, 0.5, 1.0]))
+def test_forced_paths(model, batch, rate):
+    x = _input(model, batch)
+    before = x.clone()
+    paths = torch.rand(batch, len(routed_blocks(model))) < rate
+    expected = spnet.fast_forward(model, x, impl="masked", paths=paths)
+    got, taken = spnet.fast_forward(model, x, impl="batch", paths=paths, return_paths=True)
+    assert torch.equal(taken.decisions, paths)
+    _assert_close(got, expected)
+    assert torch.equal(x, before)
+
+
+@given(networks(), st.sampled_from([1, 2, 7]), st.sampled_from([-0.5, 0.0, 0.5]))
+def test_own_decisions(model, batch, threshold):
+    x = _input(model, batch)
+    options = {"threshold": threshold, "return_paths": True}
+    expected, masked = spnet.fast_forward(model, x, impl="masked", **options)
+    got, taken = spnet.fast_forward(model, x, impl="batch", **options)
+    if threshold == 0:
+        clear = (margins(model, x) > 1e-3).all(1)
+        assert torch.equal(masked.decisions[clear], taken.decisions[clear])
+    same = (masked.decisions == taken.decisions).all(1)
+    _assert_close(got[same], expected[same])
+    again, repeated = spnet.fast_forward(model, x, impl="batch", **options)
+    assert torch.equal(got, again)
+    assert torch.equal(taken.decisions, repeated.decisions)
+
+
+@given(networks(), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]))
+def test_bfloat16(model, batch, rate):
+    model = model.bfloat16()
+    x = _input(model, batch).bfloat16()
+    exact = copy.deepcopy(model).double()
+    paths = torch.rand(batch, len(routed_blocks(model))) < rate
+    truth = spnet.fast_forward(exact, x.double(), impl="masked", paths=paths)
+    masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
+    got = spnet.fast_forward(model, x, impl="batch", paths=paths)
+    assert got.dtype == torch.bfloat16
+    rounding = torch.finfo(torch.bfloat16).eps * truth.abs().max()
+    assert (got.double() - truth).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
+
+
+@pytest.fixture(scope="module", params=["resnet18", "resnet50"])
+def imagenet_network(request):
+    torch.manual_seed(0)
+    return settle(spnet.create_model(request.param, num_classes=7, input_size=33))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_published_forms(imagenet_network, dtype):
+    model = copy.deepcopy(imagenet_network).to(dtype)
+    x = _input(model, 4).to(dtype)
+    paths = torch.rand(4, len(routed_blocks(model))) < 0.5
+    truth = spnet.fast_forward(copy.deepcopy(model).double(), x.double(), impl="masked", paths=paths)
+    masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
+    assert spnet.explain(model, x).impl == "batch"
+    got = spnet.fast_forward(model, x, paths=paths)
+    error, allowed = ((a.double() - truth).abs().max() / truth.abs().max() for a in (got, masked))
+    assert error <= (1e-4 if dtype == torch.float32 else 2 * allowed + torch.finfo(dtype).eps)
+
+
+def test_input_layouts(imagenet_network):
+    model = imagenet_network
+    x = _input(model, 3)
+    expected = spnet.fast_forward(model, x, impl="batch")
+    wide = torch.full((6, 4, 35, 66), torch.nan)
+    sliced = wide[::2, 1:, 1:-1, ::2]
+    sliced.copy_(x)
+    for layout in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3), sliced):
+        before = layout.clone()
+        _assert_close(spnet.fast_forward(model, layout, impl="batch"), expected)
+        assert torch.equal(layout, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_sample(imagenet_network, dtype, value):
+    model = copy.deepcopy(imagenet_network).to(dtype)
+    x = _input(model, 5).to(dtype)
+    clean, paths = spnet.fast_forward(model, x, impl="batch", return_paths=True)
+    x[1] = value
+    x[3, 0, 16, 16] = value
+    got, taken = spnet.fast_forward(model, x, impl="batch", return_paths=True)
+    expected, masked = spnet.fast_forward(model, x, impl="masked", return_paths=True)
+    kept = torch.tensor([0, 2, 4])  # in runs of other lengths, whose sums may differ in the last bit
+    assert (got - clean)[kept].abs().max() <= 32 * torch.finfo(dtype).eps * clean.abs().max()
+    assert torch.equal(taken.decisions[::2], paths.decisions[::2])
+    assert torch.equal(taken.decisions[1::2], masked.decisions[1::2])
+    assert torch.equal(got[1::2].isnan(), expected[1::2].isnan())
+    assert got[1::2].isnan().any()
+
+
+def test_a_weight_that_is_not_finite(imagenet_network):
+    model = copy.deepcopy(imagenet_network)
+    model.features.stage1[0].body[0].weight.data[0, 0, 0, 0] = torch.nan
+    everything = torch.ones(2, len(routed_blocks(model)), dtype=torch.bool)
+    assert spnet.fast_forward(model, _input(model, 2), impl="batch", paths=everything).isnan().all()
+
+
+def test_several_threads_on_one_plan(imagenet_network):
+    plan, inputs = spnet.lower(imagenet_network), [_input(imagenet_network, n) for n in (1, 4, 5)]
+    expected = [plan(x, return_paths=True) for x in inputs]
+
+    def work(i: int) -> bool:
+        logits, paths = plan(inputs[i % 3], return_paths=True)
+        same = torch.equal(logits, expected[i % 3][0])
+        return same and torch.equal(paths.decisions, expected[i % 3][1].decisions)
+
+    with ThreadPoolExecutor(4) as executor:
+        assert all(executor.map(work, range(12)))
+
+
+def test_without_onednn(imagenet_network):
+    x = _input(imagenet_network, 2)
+    expected = spnet.fast_forward(imagenet_network, x, impl="masked")
+    with torch.backends.mkldnn.flags(enabled=False):
+        _assert_close(spnet.lower(imagenet_network)(x), expected)
