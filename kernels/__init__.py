@@ -1,1 +1,59 @@
-"""Triton kernels, one operation per file; imported as ``spnet.kernels``."""
+"""Triton kernels for routed residual networks, one operation per file; imported as ``spnet.kernels``.
+
+What they have in common:
+
+- Feature maps are NHWC: float16, bfloat16 or float32 [B, H, W, C], contiguous. Sums, routers and accumulators are
+  float32.
+- The samples that execute a block are an ``index`` (int32 [B], ascending) and a ``count`` (int32 [1]), both on the
+  device. Kernels are launched for the whole batch and read the count themselves, so a forward needs no
+  synchronisation and can be captured in one graph. Nothing is allocated: results go into the caller's buffers,
+  and what an operation does not have to write keeps its bits.
+- They are operators of :mod:`torch.library` in the namespace ``spnet``: CUDA tensors run the kernel, CPU tensors its
+  twin in plain PyTorch, which stands beside it and is its specification.
+
+One block of a bottleneck network with an identity shortcut, state [B, H, W, C], widths C and M::
+
+    pool_(sums, state, index, count)                            # only what the block before has changed
+    route_(margins, sums, H * W, router.w1, router.b1, router.w2)
+    decide_(index, count, decisions[:, l], margins, router.b2, threshold)
+    # or, where paths force the decisions: compact_(index, count, paths[:, l])
+    conv_(a, state, w1, bias1, index=index, count=count, gather=True)              # [n, H, W, M]
+    conv_(b, a, w2, bias2, count=count)                                            # [n, H, W, M]
+    conv_(state, b, w3, bias3, index=index, count=count, scatter=True, add=True)   # relu(state + body)
+
+one whose shortcut is a convolution, whose result is the new state::
+
+    conv_(state2, state, ws, bias_s, stride=2, skip_relu=decisions[:, l])   # ReLU where nothing will be added
+    ...
+    conv_(state2, b, w3, bias3, index=index, count=count, scatter=True, add=True)
+
+and the stem, whose input lies in a border of zeros (max-pooling is left to PyTorch)::
+
+    interior(padded, x.shape, 7).copy_(x)
+    stem_conv_(map, padded, pack_stem_weight(weight), bias, stride=2)
+
+Tile shapes are looked up, never tuned at a call: :mod:`spnet.kernels.tiling`. ``python -m spnet.kernels.check``
+compiles every kernel without a GPU, ``python -m spnet.kernels.tune`` measures tiles on one.
+"""
+
+from spnet.kernels.compact import compact_, decide_
+from spnet.kernels.conv import conv_, pack_weight
+from spnet.kernels.pool import pool_, slabs
+from spnet.kernels.route import RouterWeights, parts, route_
+from spnet.kernels.stem import interior, pack_stem_weight, padded_shape, stem_conv_
+
+__all__ = [
+    "RouterWeights",
+    "compact_",
+    "conv_",
+    "decide_",
+    "interior",
+    "pack_stem_weight",
+    "pack_weight",
+    "padded_shape",
+    "parts",
+    "pool_",
+    "route_",
+    "slabs",
+    "stem_conv_",
+]

@@ -1,0 +1,136 @@
+"""``compact_`` and ``decide_``: which samples execute a block, as a list on the device."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spnet.kernels.library import SPNET, Launch, check, check_contiguous, define
+
+MAX_BATCH = 65_536
+
+
+@triton.jit
+def _compact_kernel(
+    index_ptr,
+    count_ptr,
+    decisions_ptr,
+    margins_ptr,
+    b2_ptr,
+    threshold_ptr,
+    batch,
+    stride_d,
+    PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros((), tl.int32)
+    for start in range(0, batch, BLOCK):
+        sample = start + tl.arange(0, BLOCK)
+        ok = sample < batch
+        d_ptrs = decisions_ptr + sample.to(tl.int64) * stride_d
+        if margins_ptr is not None:
+            part = tl.arange(0, BLOCK_PARTS)
+            margin_ptrs = margins_ptr + sample[:, None] * PARTS + part[None, :]
+            margin = tl.sum(tl.load(margin_ptrs, mask=ok[:, None] & (part < PARTS)[None, :], other=0.0), 1)
+            executes = ok & (margin + tl.load(b2_ptr) > tl.load(threshold_ptr))  # NaN: it does not
+            tl.store(d_ptrs, executes, mask=ok)
+        else:
+            executes = tl.load(d_ptrs, mask=ok, other=0) != 0
+        found = executes.to(tl.int32)
+        tl.store(index_ptr + total + tl.cumsum(found, 0) - 1, sample, mask=executes)
+        total += tl.sum(found, 0)
+    tl.store(count_ptr, total)
+
+
+def compact_(index: Tensor, count: Tensor, decisions: Tensor) -> None:
+    """List the samples that execute: ``index[:count]`` are the positions of the True values, ascending.
+
+    Args:
+        index: int32 [B], B <= 65,536; what lies behind count keeps its bits.
+        count: int32 [1].
+        decisions: bool [B] of any stride (a column of [B, L]).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
+    SPNET.compact_(index, count, decisions)
+
+
+def decide_(index: Tensor, count: Tensor, decisions: Tensor, margins: Tensor, b2: Tensor, threshold: Tensor) -> None:
+    """Decide, then list: a sample executes where ``margins.sum(1) + b2 > threshold``; a tie or a NaN skips.
+
+    Args:
+        index, count: as in :func:`compact_`.
+        decisions: bool [B] of any stride, written.
+        margins: float32 [B, P], what :func:`spnet.kernels.route_` wrote; contiguous.
+        b2: float32 [1], the folded router's last bias.
+        threshold: float32 [1]; on the device, so that a captured graph can be replayed with another.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
+    SPNET.decide_(index, count, decisions, margins, b2, threshold)
+
+
+def _check_compact(index, count, decisions) -> None:
+    check("decisions", decisions, torch.bool, (-1,))
+    check("index", index, torch.int32, (decisions.shape[0],))
+    check("count", count, torch.int32, (1,))
+    if decisions.shape[0] > MAX_BATCH:
+        raise ValueError(f"decisions: expected at most {MAX_BATCH} samples, got {decisions.shape[0]}")
+    check_contiguous(index=index)
+
+
+def _check_decide(index, count, decisions, margins, b2, threshold) -> None:
+    _check_compact(index, count, decisions)
+    check("margins", margins, torch.float32, (decisions.shape[0], -1))
+    check("b2", b2, torch.float32, (1,))
+    check("threshold", threshold, torch.float32, (1,))
+    check_contiguous(margins=margins)
+
+
+def _twin_compact(index, count, decisions) -> None:
+    positions = decisions.nonzero().squeeze(1)
+    index[: len(positions)] = positions.int()
+    count.fill_(len(positions))
+
+
+def _twin_decide(index, count, decisions, margins, b2, threshold) -> None:
+    decisions.copy_(margins.sum(1) + b2 > threshold)
+    _twin_compact(index, count, decisions)
+
+
+def launch(index, count, decisions, margins=None, b2=None, threshold=None) -> Launch:
+    """The launch of one ``compact_`` or ``decide_``: one program, so that the order is that of the samples."""
+    parts = 0 if margins is None else margins.shape[1]
+    arguments = dict(
+        index_ptr=index,
+        count_ptr=count,
+        decisions_ptr=decisions,
+        margins_ptr=margins,
+        b2_ptr=b2,
+        threshold_ptr=threshold,
+        batch=decisions.shape[0],
+        stride_d=decisions.stride(0),
+        PARTS=parts,
+        BLOCK_PARTS=triton.next_power_of_2(max(parts, 1)),
+        BLOCK=1024,
+    )
+    return Launch(_compact_kernel, 1, arguments, warps=4, stages=1)
+
+
+define(
+    "compact_(Tensor(a!) index, Tensor(b!) count, Tensor decisions)",
+    _check_compact,
+    _twin_compact,
+    launch,
+)
+define(
+    "decide_(Tensor(a!) index, Tensor(b!) count, Tensor(c!) decisions, Tensor margins, Tensor b2, Tensor threshold)",
+    _check_decide,
+    _twin_decide,
+    launch,
+)

@@ -1,0 +1,307 @@
+"""``conv_``: convolutions of a residual body and of its shortcut, on the samples that execute.
+
+An implicit matrix product: rows are the output pixels of the listed samples (M), columns the output channels (N), and
+the sum runs over taps and input channels (K). Only the address of an input row knows of convolution, stride, padding
+and of the index list, so 1x1 and 3x3 kernels, gather and scatter are one loop.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spnet.kernels import tiling
+from spnet.kernels.library import SPNET, Launch, check, check_contiguous, define, multiprocessors
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def _conv_kernel(
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    index_ptr,
+    count_ptr,
+    skip_relu_ptr,
+    batch,
+    stride_skip,
+    H_IN: tl.constexpr,
+    W_IN: tl.constexpr,
+    H_OUT: tl.constexpr,
+    W_OUT: tl.constexpr,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING: tl.constexpr,
+    stride_xb: tl.constexpr,
+    stride_xh: tl.constexpr,
+    stride_xw: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    ADD: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    PIXELS: tl.constexpr = H_OUT * W_OUT
+    K: tl.constexpr = KERNEL_H * KERNEL_W * CIN
+    STEPS: tl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K  # per tap
+    TILES_N: tl.constexpr = (COUT + BLOCK_N - 1) // BLOCK_N
+    EVEN_K: tl.constexpr = CIN % BLOCK_K == 0
+    EVEN_N: tl.constexpr = COUT % BLOCK_N == 0
+    n = batch
+    if count_ptr is not None:
+        n = tl.load(count_ptr)
+    rows = n * PIXELS
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    for tile in range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0)):
+        # Neighbouring programs share a strip of GROUP_M row blocks, and so their weights and inputs in L2.
+        group = tile // (GROUP_M * TILES_N)
+        group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+        within = tile % (GROUP_M * TILES_N)
+        tile_m = group * GROUP_M + within % group_rows
+        tile_n = within // group_rows
+
+        row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_ok = row < rows
+        row = tl.where(row_ok, row, 0)  # reads a row that exists; nothing of it is stored
+        position = row // PIXELS
+        pixel = row % PIXELS
+        h = pixel // W_OUT * STRIDE_H - PADDING
+        w = pixel % W_OUT * STRIDE_W - PADDING
+        listed = position
+        if GATHER or SCATTER:
+            listed = tl.load(index_ptr + position)
+        source = listed if GATHER else position
+        x_row = source.to(tl.int64) * stride_xb + h * stride_xh + w * stride_xw
+
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        weight_row = (column if EVEN_N else tl.where(column < COUT, column, 0)) * K
+        k = tl.arange(0, BLOCK_K)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in range(KERNEL_H * KERNEL_W * STEPS):
+            tap = step // STEPS
+            channel = step % STEPS * BLOCK_K
+            tap_h = tap // KERNEL_W
+            tap_w = tap % KERNEL_W
+            a_ptrs = x_ptr + (x_row + (tap_h * stride_xh + tap_w * stride_xw + channel))[:, None] + k[None, :]
+            b_ptrs = weight_ptr + (weight_row[None, :] + (tap * CIN + channel)) + k[:, None]
+            if PADDING > 0:
+                inside = (h + tap_h >= 0) & (h + tap_h < H_IN) & (w + tap_w >= 0) & (w + tap_w < W_IN)
+                if EVEN_K:
+                    a = tl.load(a_ptrs, mask=inside[:, None], other=0.0)
+                    b = tl.load(b_ptrs)
+                else:
+                    a = tl.load(a_ptrs, mask=inside[:, None] & (k[None, :] < CIN - channel), other=0.0)
+                    b = tl.load(b_ptrs, mask=k[:, None] < CIN - channel, other=0.0)
+            elif EVEN_K:
+                a = tl.load(a_ptrs)
+                b = tl.load(b_ptrs)
+            else:
+                a = tl.load(a_ptrs, mask=k[None, :] < CIN - channel, other=0.0)
+                b = tl.load(b_ptrs, mask=k[:, None] < CIN - channel, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+        column_ok = column < COUT
+        stored = row_ok[:, None] if EVEN_N else row_ok[:, None] & column_ok[None, :]
+        target = listed if SCATTER else position
+        out_ptrs = out_ptr + (target.to(tl.int64) * PIXELS + pixel)[:, None] * COUT + column[None, :]
+        acc += (tl.load(bias_ptr + column) if EVEN_N else tl.load(bias_ptr + column, mask=column_ok, other=0.0))[
+            None, :
+        ]
+        if ADD:
+            acc += tl.load(out_ptrs, mask=stored, other=0.0).to(tl.float32)
+        if RELU:
+            clamped = acc < 0  # NaN stays NaN
+            if skip_relu_ptr is not None:
+                executes = tl.load(skip_relu_ptr + position.to(tl.int64) * stride_skip, mask=row_ok, other=0)
+                clamped = clamped & (executes == 0)[:, None]
+            acc = tl.where(clamped, 0.0, acc)
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+def conv_(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int = 1,
+    index: Tensor | None = None,
+    count: Tensor | None = None,
+    gather: bool = False,
+    scatter: bool = False,
+    add: bool = False,
+    relu: bool = True,
+    skip_relu: Tensor | None = None,
+    tf32: bool = False,
+) -> None:
+    """Convolve the first ``count`` samples, or those that are listed, and write into ``out``.
+
+    With i < count and y = conv(x[index[i]] if gather else x[i]) + bias, added up in float32::
+
+        target = out[index[i]] if scatter else out[i]
+        target = relu?(target + y if add else y)          # rounded once
+
+    Samples of out that are no target keep their bits. Padding is (k - 1) / 2.
+
+    Args:
+        out: [B', Ho, Wo, Cout] contiguous, dtype of x; shares no memory with x.
+        x: float16, bfloat16 or float32 [B, H, W, Cin] contiguous.
+        weight: [Cout, k, k, Cin] contiguous, dtype of x, k in (1, 3): :func:`pack_weight`.
+        bias: float32 [Cout].
+        stride: 1 or 2; Ho = ceil(H / stride), Wo = ceil(W / stride).
+        index: int32 [B] with values in [0, B), distinct below count. Needed by gather and scatter.
+        count: int32 [1], at most the batch of x, out and index; None: the whole batch, without index.
+        relu: apply ReLU to the result. NaN stays NaN.
+        skip_relu: bool [B] of any stride: samples that get no ReLU. For the shortcut of a routed block, to whose
+            executing samples (its decisions) the body is added later. Without index and count.
+        tf32: multiply float32 by tensor cores, with 10 bits of mantissa. Not on the CPU.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; out is unchanged.
+    """
+    SPNET.conv_(out, x, weight, bias, stride, index, count, gather, scatter, add, relu, skip_relu, tf32)
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """Weight of an nn.Conv2d [Cout, Cin, k, k] -> contiguous [Cout, k, k, Cin]."""
+    return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def _check(out, x, weight, bias, stride, index, count, gather, scatter, add, relu, skip_relu, tf32) -> None:
+    check("x", x, DTYPES, (-1, -1, -1, -1))
+    batch, h, w, cin = x.shape
+    check("weight", weight, x.dtype, (-1, -1, -1, cin))
+    cout, kernel = weight.shape[:2]
+    if weight.shape[2] != kernel or kernel not in (1, 3):
+        raise ValueError(f"weight: expected [Cout, k, k, Cin] with k = 1 or 3, got {list(weight.shape)}")
+    if stride not in (1, 2):
+        raise ValueError(f"stride: expected 1 or 2, got {stride}")
+    check("bias", bias, torch.float32, (cout,))
+    check("out", out, x.dtype, (-1, -(-h // stride), -(-w // stride), cout))
+    check("index", index, torch.int32, (-1,))
+    check("count", count, torch.int32, (1,))
+    check("skip_relu", skip_relu, torch.bool, (batch,))
+    if (gather or scatter) and (index is None or count is None):
+        raise ValueError("index, count: expected both with gather or scatter, got None")
+    if skip_relu is not None and (count is not None or not relu):
+        raise ValueError("skip_relu: expected relu=True and no count")
+    if count is None and out.shape[0] != batch:
+        raise ValueError(f"out: expected batch {batch} like x, got {out.shape[0]}")
+    if max(batch, out.shape[0]) * h * w >= 2**31:
+        raise ValueError(f"x: expected fewer than 2^31 pixels, got {list(x.shape)}")
+    check_contiguous(out=out, x=x, weight=weight, bias=bias, index=index)
+
+
+def _twin(out, x, weight, bias, stride, index, count, gather, scatter, add, relu, skip_relu, tf32) -> None:
+    n = x.shape[0] if count is None else int(count)
+    rows = x[:n] if not gather else x[index[:n]]
+    y = F.conv2d(
+        rows.permute(0, 3, 1, 2).float(),
+        weight.permute(0, 3, 1, 2).float(),
+        bias,
+        stride=stride,
+        padding=weight.shape[1] // 2,
+    ).permute(0, 2, 3, 1)
+    target = index[:n].long() if scatter else torch.arange(n)
+    if add:
+        y = y + out[target].float()
+    if relu:
+        y = y.relu() if skip_relu is None else torch.where(skip_relu[:, None, None, None], y, y.relu())
+    out[target] = y.to(out.dtype)
+
+
+def launch(
+    out,
+    x,
+    weight,
+    bias,
+    stride,
+    index,
+    count,
+    gather,
+    scatter,
+    add,
+    relu,
+    skip_relu,
+    tf32,
+    tile: tiling.Tile | None = None,
+) -> Launch:
+    """The launch of one ``conv_``, by the tile given or the one of the table."""
+    kernel = weight.shape[1]
+    geometry = dict(KERNEL_H=kernel, KERNEL_W=kernel, STRIDE_H=stride, STRIDE_W=stride, PADDING=kernel // 2)
+    modes = dict(GATHER=gather, SCATTER=scatter, ADD=add, RELU=relu)
+    return launch_product(out, x, weight, bias, index, count, skip_relu, geometry, modes, tf32, tile)
+
+
+def launch_product(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
+    skip_relu: Tensor | None,
+    geometry: dict[str, int],
+    modes: dict[str, bool],
+    tf32: bool,
+    tile: tiling.Tile | None,
+) -> Launch:
+    """Any convolution whose taps and channels lie in x [B, H, W, C] at its strides, the last of which is 1."""
+    _, h_out, w_out, cout = out.shape
+    batch, h_in, w_in, cin = x.shape
+    rows = min(batch, out.shape[0]) * h_out * w_out
+    if tile is None:
+        shape = tiling.Shape.of(x.dtype, tf32, geometry["KERNEL_H"], cin, cout, rows)
+        tile = tiling.choose(tiling.architecture(x.device), shape)
+    tiles = -(-rows // tile.block_m) * -(-cout // tile.block_n)
+    arguments = dict(
+        out_ptr=out,
+        x_ptr=x,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        index_ptr=index,
+        count_ptr=count,
+        skip_relu_ptr=skip_relu,
+        batch=batch,
+        stride_skip=0 if skip_relu is None else skip_relu.stride(0),
+        H_IN=h_in,
+        W_IN=w_in,
+        H_OUT=h_out,
+        W_OUT=w_out,
+        CIN=cin,
+        COUT=cout,
+        **geometry,
+        stride_xb=x.stride(0),
+        stride_xh=x.stride(1),
+        stride_xw=x.stride(2),
+        **modes,
+        PRECISION="tf32" if tf32 else "ieee",
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=tile.group_m,
+    )
+    programs = min(tiles, multiprocessors(x.device) * tile.programs_per_sm)
+    return Launch(_conv_kernel, programs, arguments, tile.warps, tile.stages)
+
+
+define(
+    "conv_(Tensor(a!) out, Tensor x, Tensor weight, Tensor bias, int stride, Tensor? index, Tensor? count, bool gather,"
+    " bool scatter, bool add, bool relu, Tensor? skip_relu, bool tf32)",
+    _check,
+    _twin,
+    launch,
+)

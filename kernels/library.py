@@ -1,0 +1,79 @@
+"""What all operations share: how they are registered, and what a launch consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("spnet", "FRAGMENT")
+SPNET = torch.ops.spnet
+
+
+class Launch(NamedTuple):
+    """One launch of one kernel, ready to be run, timed or compiled for a GPU that is not here."""
+
+    kernel: Any  # triton.JITFunction
+    programs: int
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
+
+    def run(self) -> None:
+        if self.programs:
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+def define(schema: str, check: Callable, twin: Callable, launch: Callable[..., Launch]) -> None:
+    """Register an operation that writes into its arguments: CPU runs the twin, CUDA the launch.
+
+    Args:
+        schema: of torch.library, with the name of the operation; returns nothing.
+        check, twin, launch: called with the arguments of the schema. ``check`` raises, and runs before both others
+            and alone for fake tensors; the launch's ``programs`` come from the device of the first argument.
+    """
+    name = schema.partition("(")[0]
+    _library.define(f"{schema} -> ()")
+
+    def cpu(*args, **kwargs) -> None:
+        check(*args, **kwargs)
+        twin(*args, **kwargs)
+
+    def cuda(*args, **kwargs) -> None:
+        check(*args, **kwargs)
+        with torch.cuda.device(args[0].device):
+            launch(*args, **kwargs).run()
+
+    _library.impl(name, cpu, "CPU")
+    _library.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"spnet::{name}", check, lib=_library)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; any other is taken for one that runs four programs (the interpreter, the compiler)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def check(name: str, tensor: Tensor | None, dtype: torch.dtype | tuple, shape: tuple[int, ...]) -> None:
+    """Raise unless the tensor has one of the dtypes and the shape, whose -1 fit any size."""
+    if tensor is None:
+        return
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.ndim != len(shape) or any(s not in (-1, t) for s, t in zip(shape, tensor.shape, strict=True)):
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_contiguous(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous, got strides {tensor.stride()} for {list(tensor.shape)}")

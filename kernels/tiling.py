@@ -1,0 +1,88 @@
+"""Tile shapes of the convolutions: measured ones from a table per architecture, a rule for all others."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TABLES = Path(__file__).parent / "tiles"
+_MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+
+
+class Tile(NamedTuple):
+    """How a convolution is cut up. All but group_m and programs_per_sm are powers of two."""
+
+    block_m: int  # output pixels, of all samples that execute
+    block_n: int  # output channels
+    block_k: int  # input channels per step
+    group_m: int  # tiles along M that share their weights in L2
+    warps: int
+    stages: int  # of the software pipeline
+    programs_per_sm: int  # of the persistent grid
+
+
+class Shape(NamedTuple):
+    """What a tile is chosen by."""
+
+    dtype: str  # "float16", "bfloat16", "tf32" or "float32"
+    kernel: int  # taps along one side
+    cin: int
+    cout: int
+    rows: int  # output pixels of the whole batch, rounded up to a power of two
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, tf32: bool, kernel: int, cin: int, cout: int, rows: int) -> Shape:
+        name = "tf32" if tf32 and dtype is torch.float32 else str(dtype).removeprefix("torch.")
+        return cls(name, kernel, cin, cout, _power_of_two(rows))
+
+    @property
+    def key(self) -> str:
+        return "-".join(map(str, self))
+
+
+def choose(architecture: str, shape: Shape) -> Tile:
+    """The measured tile of this shape, or the rule's where none was measured."""
+    return table(architecture).get(shape.key) or rule(architecture, shape)
+
+
+@cache
+def table(architecture: str) -> dict[str, Tile]:
+    """Measured tiles by Shape.key; empty where nobody has run ``python -m spnet.kernels.tune``."""
+    path = TABLES / f"{architecture}.json"
+    if not path.exists():
+        return {}
+    return {key: Tile(*entry["tile"]) for key, entry in json.loads(path.read_text())["tiles"].items()}
+
+
+def rule(architecture: str, shape: Shape) -> Tile:
+    """An unmeasured default: the largest tile that the tensor cores like, made smaller until every SM has one."""
+    halves = shape.dtype in ("float16", "bfloat16")
+    exact = shape.dtype == "float32"
+    block_m = 64 if exact else 128
+    block_n = min(64 if exact else 128, max(16, _power_of_two(shape.cout)))
+    block_k = min(64 if halves else 16 if exact else 32, max(16, _power_of_two(shape.cin)))
+    multiprocessors = _MULTIPROCESSORS.get(architecture, 108)
+
+    def tiles() -> int:
+        return -(-shape.rows // block_m) * -(-shape.cout // block_n)
+
+    while block_n > 32 and tiles() < multiprocessors:
+        block_n //= 2
+    if block_m == 128 and tiles() < multiprocessors:
+        block_m = 64
+    warps = 8 if block_m * block_n >= 128 * 128 else 4
+    return Tile(block_m, block_n, block_k, 8, warps, 4 if halves else 3, 1 if warps == 8 else 2)
+
+
+def architecture(device: torch.device) -> str:
+    """ "sm_90" for compute capability 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
