@@ -9,7 +9,7 @@ What they have in common:
   synchronisation and can be captured in one graph. Nothing is allocated: results go into the caller's buffers,
   and what an operation does not have to write keeps its bits.
 - They are operators of :mod:`torch.library` in the namespace ``spnet``: CUDA tensors run the kernel, CPU tensors its
-  twin in plain PyTorch, which stands beside it and is its specification.
+  twin in plain PyTorch, which stands beside it and is its specification. None is differentiable.
 
 One block of a bottleneck network with an identity shortcut, state [B, H, W, C], widths C and M::
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
+import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
+import click
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from spnet.kernels import tiling, workload
 from spnet.kernels.library import Launch
 
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # per block, opt-in
@@ -51,15 +58,85 @@ def compile_launch(launch: Launch, architecture: str) -> Report:
     compiled = triton.compile(source, target=target, options=launch.options)
     ptx = compiled.asm["ptx"]
     found = tuple(sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", ptx))))
-    registers, stack = _usage(compiled.asm["cubin"])
-    return Report(registers, stack, compiled.metadata.shared, found)
+    registers, stack, local = _usage(compiled.asm["cubin"])
+    return Report(registers, stack + local, compiled.metadata.shared, found)
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
+def _usage(cubin: bytes) -> tuple[int, int, int]:
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True)
     text = text.stdout + text.stderr
-    return tuple(int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "LOCAL"))
+    return tuple(int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
+
+
+@cache
+def cases(architecture: str, quick: bool) -> dict[str, Launch]:
+    """What to compile: of launches that differ in nothing but sizes and channels, one.
+
+    bfloat16, which differs from float16 in the names of instructions, is compiled for sm_90 alone. ``quick`` means
+    float16, one network and one batch size.
+    """
+    meta = torch.device("meta")
+    found, seen = dict(workload.small_launches(meta)), set()
+    for dtype in ("float16",) if quick else workload.DTYPES:
+        if dtype == "bfloat16" and architecture != "sm_90":
+            continue
+        for network in ("resnet50",) if quick else workload.NETWORKS:
+            for conv in workload.convolutions(network):
+                for batch in (32,) if quick else workload.BATCHES:
+                    shape = conv.shape(dtype, batch)
+                    tile = tiling.choose(architecture, shape)
+                    even = shape.cin % tile.block_k == 0, conv.cout % tile.block_n == 0
+                    form = dtype, tile, even, conv.kernel, conv.stride, conv.role
+                    if form not in seen:
+                        seen.add(form)
+                        product = f"{conv.kernel}x{conv.kernel}/{conv.stride} {conv.cin}->{conv.cout}"
+                        found[f"conv {dtype} {conv.role} {product} {tuple(tile)}"] = conv.launch(
+                            dtype, batch, tile, meta
+                        )
+    return found
+
+
+def complaints(name: str, report: Report, architecture: str) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    found = []
+    if report.spilled_bytes:
+        found.append(f"spills {report.spilled_bytes} bytes")
+    if report.shared_bytes > SHARED_BYTES[architecture]:
+        found.append(f"needs {report.shared_bytes} bytes of shared memory, has {SHARED_BYTES[architecture]}")
+    halves = name.startswith(("conv float16", "conv bfloat16"))
+    if architecture == "sm_90" and halves and "wgmma.mma_async" not in report.instructions:
+        found.append("has no wgmma")
+    return found
+
+
+def _compile(job: tuple[str, str, bool]) -> Report:
+    name, architecture, quick = job
+    return compile_launch(cases(architecture, quick)[name], architecture)
+
+
+@click.command(help=__doc__)
+@click.option("--quick", is_flag=True, help="A part that takes seconds.")
+@click.option("--arch", "architectures", multiple=True, default=tuple(SHARED_BYTES), show_default=True)
+@click.option("--jobs", default=os.cpu_count(), show_default=True, help="Processes.")
+def main(quick: bool, architectures: tuple[str, ...], jobs: int) -> None:
+    if triton.knobs.runtime.interpret:
+        raise click.ClickException("TRITON_INTERPRET=1 is set: there is nothing to compile")
+    work = [(name, architecture, quick) for architecture in architectures for name in cases(architecture, quick)]
+    failed = 0
+    # Not forked: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for (name, architecture, _), report in zip(work, pool.map(_compile, work, chunksize=4), strict=True):
+            found = complaints(name, report, architecture)
+            failed += bool(found)
+            usage = f"{report.registers:3} registers, {report.spilled_bytes} spilled, {report.shared_bytes:6} shared"
+            print(f"{architecture:7} {usage}  {name}  {' '.join(report.instructions)}  {'; '.join(found)}".rstrip())
+    print(f"{len(work)} kernels, {failed} failed")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -115,8 +115,8 @@ def _conv_kernel(
 
         column_ok = column < COUT
         stored = row_ok[:, None] if EVEN_N else row_ok[:, None] & column_ok[None, :]
-        target = listed if SCATTER else position
-        out_ptrs = out_ptr + (target.to(tl.int64) * PIXELS + pixel)[:, None] * COUT + column[None, :]
+        out_row = listed.to(tl.int64) * PIXELS + pixel if SCATTER else row.to(tl.int64)
+        out_ptrs = out_ptr + out_row[:, None] * COUT + column[None, :]
         acc += (tl.load(bias_ptr + column) if EVEN_N else tl.load(bias_ptr + column, mask=column_ok, other=0.0))[
             None, :
         ]

@@ -42,18 +42,25 @@ def define(schema: str, check: Callable, twin: Callable, launch: Callable[..., L
     name = schema.partition("(")[0]
     _library.define(f"{schema} -> ()")
 
-    def cpu(*args, **kwargs) -> None:
-        check(*args, **kwargs)
-        twin(*args, **kwargs)
+    def cpu(*args) -> None:
+        _check_inference(name, args)
+        check(*args)
+        twin(*args)
 
-    def cuda(*args, **kwargs) -> None:
-        check(*args, **kwargs)
+    def cuda(*args) -> None:
+        _check_inference(name, args)
+        check(*args)
         with torch.cuda.device(args[0].device):
-            launch(*args, **kwargs).run()
+            launch(*args).run()
 
     _library.impl(name, cpu, "CPU")
     _library.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"spnet::{name}", check, lib=_library)
+
+
+def _check_inference(name: str, args: tuple) -> None:
+    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        raise RuntimeError(f"{name}: an argument requires grad, but it has no gradient; call it under torch.no_grad()")
 
 
 @cache

@@ -37,7 +37,7 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, dtype: torch.dtype, tf32: bool, kernel: int, cin: int, cout: int, rows: int) -> Shape:
         name = "tf32" if tf32 and dtype is torch.float32 else str(dtype).removeprefix("torch.")
-        return cls(name, kernel, cin, cout, _power_of_two(rows))
+        return cls(name, kernel, cin, cout, power_of_two(rows))
 
     @property
     def key(self) -> str:
@@ -63,8 +63,9 @@ def rule(architecture: str, shape: Shape) -> Tile:
     halves = shape.dtype in ("float16", "bfloat16")
     exact = shape.dtype == "float32"
     block_m = 64 if exact else 128
-    block_n = min(64 if exact else 128, max(16, _power_of_two(shape.cout)))
-    block_k = min(64 if halves else 16 if exact else 32, max(16, _power_of_two(shape.cin)))
+    block_n = min(64 if exact else 128, max(16, power_of_two(shape.cout)))
+    wide = halves and architecture != "sm_80"  # there, operands pass through registers
+    block_k = min(64 if wide else 32, max(16, power_of_two(shape.cin)))
     multiprocessors = _MULTIPROCESSORS.get(architecture, 108)
 
     def tiles() -> int:
@@ -74,6 +75,8 @@ def rule(architecture: str, shape: Shape) -> Tile:
         block_n //= 2
     if block_m == 128 and tiles() < multiprocessors:
         block_m = 64
+    if exact:
+        block_k = min(block_k, max(16, block_n // 2))  # more would spill
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     return Tile(block_m, block_n, block_k, 8, warps, 4 if halves else 3, 1 if warps == 8 else 2)
 
@@ -84,5 +87,5 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()

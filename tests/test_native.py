@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import spnet.kernels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import spnet.kernels
 from spnet.execution import ops, reference
 from spnet.native import build_info, core
 

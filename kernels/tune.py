@@ -1,0 +1,87 @@
+"""Measure tiles on this GPU and write its architecture's table: ``python -m spnet.kernels.tune``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from itertools import product
+
+import click
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from spnet.kernels import tiling, workload
+from spnet.kernels.library import Launch
+from spnet.kernels.tiling import Shape, Tile
+
+
+def candidates(shape: Shape) -> list[Tile]:
+    """Tiles worth a try; those that do not fit the GPU are left out by the measurement."""
+    halves, exact = shape.dtype in ("float16", "bfloat16"), shape.dtype == "float32"
+    cin, cout = (max(16, tiling.power_of_two(n)) for n in (shape.cin, shape.cout))
+    found = []
+    for m, n in product((32, 64) if exact else (64, 128, 256), (16, 32, 64) if exact else (16, 32, 64, 128, 256)):
+        warps = 8 if m * n >= 128 * 128 else 4
+        if n <= cout and m * n <= 128 * 256:
+            for k, stages in product((64, 128) if halves else (16, 32), (3, 4)):
+                found += [Tile(m, n, min(k, cin), 8, warps, stages, programs) for programs in (1, 2)]
+    return list(dict.fromkeys(found))
+
+
+def microseconds(launch: Launch) -> float:
+    """Median time of a launch from a captured graph; infinite where the GPU has no room for the kernel."""
+    try:
+        launch.run()
+    except OutOfResources:
+        return float("inf")
+    return 1e3 * triton.testing.do_bench_cudagraph(launch.run, return_mode="median")
+
+
+def tune(
+    convolutions: Iterable[workload.Conv],
+    dtypes: Iterable[str],
+    batches: Iterable[int],
+    architecture: str,
+    device: torch.device,
+    time: Callable[[Launch], float] = microseconds,
+) -> dict[str, dict]:
+    """Entries of a table: for each distinct shape the fastest tile, with its time and that of the rule's tile.
+
+    Args:
+        convolutions: of :func:`spnet.kernels.workload.convolutions`.
+        time: called with a launch, in any unit.
+    """
+    found: dict[str, dict] = {}
+    for conv, dtype, batch in product(convolutions, dtypes, batches):
+        shape = conv.shape(dtype, batch)
+        if shape.key not in found:
+            default = tiling.rule(architecture, shape)
+            tiles = dict.fromkeys([default, *candidates(shape)])
+            times = {tile: time(conv.launch(dtype, batch, tile, device)) for tile in tiles}
+            best = min(times, key=times.get)
+            found[shape.key] = dict(tile=list(best), microseconds=times[best], by_rule=times[default])
+    return found
+
+
+@click.command(help=__doc__)
+@click.option("--network", "networks", multiple=True, type=click.Choice(workload.NETWORKS), default=["resnet50"])
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(workload.DTYPES), default=["float16", "bfloat16"])
+@click.option("--batch", "batches", multiple=True, type=int, default=workload.BATCHES, show_default=True)
+def main(networks: tuple[str, ...], dtypes: tuple[str, ...], batches: tuple[int, ...]) -> None:
+    if not torch.cuda.is_available():
+        raise click.ClickException("no GPU is visible to PyTorch: tiles are measured, not guessed")
+    device = torch.device("cuda", torch.cuda.current_device())
+    architecture = tiling.architecture(device)
+    path = tiling.TABLES / f"{architecture}.json"
+    tiles = json.loads(path.read_text())["tiles"] if path.exists() else {}
+    for network in networks:
+        tiles |= tune(workload.convolutions(network), dtypes, batches, architecture, device)
+    versions = dict(device=torch.cuda.get_device_name(device), torch=torch.__version__, triton=triton.__version__)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**versions, "tiles": dict(sorted(tiles.items()))}, indent=1) + "\n")
+    print(f"{path}: {len(tiles)} tiles")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The launches of whole networks, as the compile check and the tuner need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from spnet.kernels import compact, conv, pool, route, stem, tiling
+from spnet.kernels.library import Launch
+
+NETWORKS = ("resnet18", "resnet50", "resnet110_cifar")
+BATCHES = (1, 8, 32)
+DTYPES = ("float16", "bfloat16", "tf32", "float32")
+
+
+class Conv(NamedTuple):
+    """One convolution of a routed network, on square maps."""
+
+    kernel: int
+    stride: int
+    size: int  # side of the input
+    cin: int
+    cout: int
+    role: str  # "first", "inner" or "last" of a body, "shortcut" or "stem"
+
+    def shape(self, dtype: str, batch: int) -> tiling.Shape:
+        """What its tile is chosen by."""
+        cin = stem.CHANNELS * (self.kernel + 1) if self.role == "stem" else self.cin
+        rows = batch * (-(-self.size // self.stride)) ** 2
+        return tiling.Shape.of(torch_dtype(dtype), dtype == "tf32", self.kernel, cin, self.cout, rows)
+
+    def launch(self, dtype: str, batch: int, tile: tiling.Tile, device: torch.device) -> Launch:
+        """Its launch on new random tensors, for every second sample of the batch; the stem's for all."""
+
+        def new(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch_dtype(dtype), device=device).normal_()
+
+        size, tf32 = -(-self.size // self.stride), dtype == "tf32"
+        out, bias = new(batch, size, size, self.cout), new(self.cout).float()
+        if self.role == "stem":
+            padded = new(*stem.padded_shape((batch, self.cin, self.size, self.size), self.kernel, self.stride))
+            weight = new(self.cout, self.kernel, stem.CHANNELS * (self.kernel + 1))
+            return stem.launch(out, padded, weight, bias, self.stride, True, tf32, tile)
+        x = new(batch, self.size, self.size, self.cin)
+        weight = new(self.cout, self.kernel, self.kernel, self.cin)
+        index = torch.arange(0, 2 * batch, 2, dtype=torch.int32, device=device) % batch
+        count = torch.full((1,), -(-batch // 2), dtype=torch.int32, device=device)
+        skip_relu = torch.zeros(batch, 16, dtype=torch.bool, device=device)[:, 0]
+        options = dict(
+            first=(index, count, True, False, False, True, None),
+            inner=(index, count, False, False, False, True, None),
+            last=(index, count, False, True, True, True, None),
+            shortcut=(None, None, False, False, False, True, skip_relu),
+        )
+        return conv.launch(out, x, weight, bias, self.stride, *options[self.role], tf32, tile)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    return torch.float32 if name == "tf32" else getattr(torch, name)
+
+
+def convolutions(network: str) -> list[Conv]:
+    """Each distinct convolution of a network, in the order in which it runs."""
+    if network == "resnet110_cifar":
+        found, channels, size, widths = [Conv(3, 1, 32, 3, 16, "stem")], 16, 32, (16, 32, 64)
+    else:
+        found, channels, size, widths = [Conv(7, 2, 224, 3, 64, "stem")], 64, 56, (64, 128, 256, 512)
+    for stage, width in enumerate(widths):
+        cout = 4 * width if network == "resnet50" else width
+        for block in range(2):  # those after the second are like the second
+            stride = 2 if stage and not block else 1
+            if network == "resnet50":
+                found.append(Conv(1, 1, size, channels, width, "first"))
+                found.append(Conv(3, stride, size, width, width, "inner"))
+                found.append(Conv(1, 1, size // stride, width, cout, "last"))
+            else:
+                found.append(Conv(3, stride, size, channels, width, "first"))
+                found.append(Conv(3, 1, size // stride, width, width, "last"))
+            if not block and (stride, channels) != (1, cout) and network != "resnet110_cifar":
+                found.append(Conv(1, stride, size, channels, cout, "shortcut"))
+            channels, size = cout, size // stride
+    return list(dict.fromkeys(found))
+
+
+def small_launches(device: torch.device) -> Iterator[tuple[str, Launch]]:
+    """The launches that no tile is chosen for, each in the forms that a ResNet-50 needs."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    batch, width = 32, 128
+    index, count = new(batch, dtype=torch.int32), new(1, dtype=torch.int32)
+    decisions, scalar = new(batch, 16, dtype=torch.bool)[:, 0], new(1)
+    margins = new(batch, route.parts(width))
+    yield "compact", compact.launch(index, count, decisions)
+    yield "decide", compact.launch(index, count, decisions, margins, scalar, scalar)
+    for size, channels in ((56, 256), (7, 2048)):
+        sums = new(batch, pool.slabs(size * size), channels)
+        router = new(width, channels), new(width), new(width)
+        yield f"route {size}x{size}", route.launch(margins, sums, size * size, *router)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            x = new(batch, size, size, channels, dtype=dtype)
+            name = f"pool {size}x{size} {str(dtype).removeprefix('torch.')}"
+            yield name, pool.launch(sums, x, index, count)

@@ -1,0 +1,173 @@
+"""conv_ against its definition in float64; the tolerance is the rounding of the sums and of the result."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spnet.kernels import conv, conv_, pack_weight
+from spnet.kernels.tiling import Tile
+
+from .poison import assert_guards, guarded, listed
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+TILE = Tile(block_m=32, block_n=32, block_k=16, group_m=2, warps=4, stages=2, programs_per_sm=1)
+
+# k, stride, H, W, Cin, Cout: 7x7 maps share a tile, channels that are no multiple of a block, a map of one pixel
+GEOMETRIES = [
+    (1, 1, 7, 7, 32, 32),
+    (1, 2, 7, 5, 20, 40),
+    (3, 1, 7, 7, 16, 36),
+    (3, 2, 6, 5, 24, 32),
+    (3, 1, 1, 1, 5, 3),
+]
+# index and count given, gather, scatter, add
+MODES = {
+    "dense": (False, False, False, False),
+    "compact": (True, False, False, False),
+    "gather": (True, True, False, False),
+    "scatter_add": (True, False, True, True),
+    "gather_scatter": (True, True, True, False),
+}
+
+
+class Case:
+    """Arguments of one conv_ and what it has to compute."""
+
+    def __init__(self, geometry, mode, dtype, count, batch, device, relu=True, skip_relu=None):
+        kernel, stride, h, w, cin, cout = geometry
+        counted, gather, scatter, add = MODES[mode]
+        self.index, self.count = listed(batch, count, device) if counted else (None, None)
+        n = count if counted else batch
+        chosen = self.index[:n].long() if counted else torch.arange(n, device=device)
+        first = torch.arange(n, device=device)
+        self.read, self.written = chosen if gather else first, chosen if scatter else first
+        x = torch.full((batch, h, w, cin), float("nan"), dtype=dtype, device=device)
+        x[self.read] = torch.randn(n, h, w, cin, device=device).to(dtype)
+        h_out, w_out = -(-h // stride), -(-w // stride)
+        out = torch.full((batch, h_out, w_out, cout), float("nan"), dtype=dtype, device=device)
+        if add:
+            out[self.written] = torch.randn(n, h_out, w_out, cout, device=device).to(dtype)
+        weight = torch.randn(cout, cin, kernel, kernel, device=device).to(dtype)
+        self.x, self.out, self.weight = guarded(x, device), guarded(out, device), guarded(pack_weight(weight), device)
+        self.bias = guarded(torch.randn(cout), device)
+        self.options = dict(
+            stride=stride, index=self.index, count=self.count, gather=gather, scatter=scatter, add=add, relu=relu
+        )
+        self.options["skip_relu"] = skip_relu
+
+        def product(x, weight, bias):
+            y = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), stride, kernel // 2)
+            return y.permute(0, 2, 3, 1)
+
+        rows = self.x[self.read]
+        self.expected = product(rows, weight, self.bias)
+        magnitude = product(rows.abs(), weight.abs(), self.bias.abs())
+        if add:
+            self.expected = self.expected + self.out[self.written].double()
+            magnitude = magnitude + self.out[self.written].abs()
+        # Every one of the sum's roundings is at most eps / 2 of the sum of magnitudes; then one of the result.
+        terms = kernel * kernel * cin + 2
+        self.tolerance = terms * torch.finfo(torch.float32).eps * magnitude
+        self.tolerance += torch.finfo(dtype).eps * self.expected.abs()
+        if relu:
+            clamped = self.expected.clamp(min=0)
+            keep = None if skip_relu is None else skip_relu[:, None, None, None]
+            self.expected = clamped if keep is None else torch.where(keep, self.expected, clamped)
+
+    def run(self, tile=TILE):
+        """By the kernel itself, on whatever device."""
+        options = {"tf32": False, **self.options}
+        conv.launch(self.out, self.x, self.weight, self.bias, *_ordered(options), tile=tile).run()
+
+    def check(self):
+        found = self.out[self.written].double()
+        assert not found.isnan().any()
+        assert ((found - self.expected).abs() <= self.tolerance).all()
+        untouched = torch.ones(len(self.out), dtype=torch.bool)
+        untouched[self.written] = False
+        assert self.out[untouched].isnan().all()
+        assert_guards(self.out)
+
+
+def _ordered(options):
+    names = "stride index count gather scatter add relu skip_relu tf32".split()
+    return [options[name] for name in names]
+
+
+@pytest.mark.parametrize(("mode", "count"), [("dense", 6), *((m, n) for m in MODES if m != "dense" for n in (0, 1, 5))])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_kernel(geometry, mode, count, device):
+    dtype = FLOATS[(GEOMETRIES.index(geometry) + count) % 3]
+    case = Case(geometry, mode, dtype, count, 6, device)
+    case.run()
+    case.check()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+def test_dtypes(dtype, relu, device):
+    case = Case((3, 1, 5, 5, 20, 20), "scatter_add", dtype, 4, 5, device, relu=relu)
+    case.run()
+    case.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_twin(geometry, mode):
+    case = Case(geometry, mode, torch.bfloat16, 4, 6, torch.device("cpu"))
+    conv_(case.out, case.x, case.weight, case.bias, **case.options)
+    case.check()
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_shortcut_gets_relu_only_where_the_sample_skips(by_kernel, device):
+    device = device if by_kernel else torch.device("cpu")
+    decisions = guarded(torch.rand(6, 3) < 0.5, device)[:, 1]
+    case = Case((1, 2, 7, 7, 16, 32), "dense", torch.float32, 6, 6, device, skip_relu=decisions)
+    case.run() if by_kernel else conv_(case.out, case.x, case.weight, case.bias, **case.options)
+    case.check()
+    assert (case.out[decisions] < 0).any()
+    assert not (case.out[~decisions] < 0).any()
+
+
+def test_nan_stays_in_its_sample(device):
+    case = Case((3, 1, 3, 3, 16, 32), "scatter_add", torch.float16, 4, 6, device)
+    case.x[2, 1, 1] = float("nan")
+    case.run()
+    others = case.written[[0, 1, 3]]
+    assert case.out[case.written[2]].isnan().all()
+    assert not case.out[others].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "tile", [TILE._replace(block_m=16, block_n=64, block_k=32, group_m=8), TILE._replace(group_m=1)]
+)
+def test_other_tiles(tile, device):
+    case = Case((3, 1, 7, 7, 16, 80), "gather", torch.float16, 5, 6, device)
+    case.run(tile)
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (dict(stride=3), ValueError, "stride: expected 1 or 2, got 3"),
+        (dict(gather=True), ValueError, "index, count"),
+        (dict(count=torch.zeros(1, dtype=torch.int64)), TypeError, "count: expected torch.int32"),
+        (dict(skip_relu=torch.zeros(6, dtype=torch.bool), relu=False), ValueError, "skip_relu"),
+        (dict(x=torch.zeros(6, 7, 7, 16)), TypeError, "weight: expected torch.float32"),
+        (dict(x=torch.zeros(7, 7, 16).half()), ValueError, "x: expected"),
+        (dict(x=torch.zeros(6, 7, 14, 16).half()[:, :, ::2]), ValueError, "x: expected contiguous"),
+        (dict(x=torch.zeros(5, 7, 7, 16).half()), ValueError, "out: expected batch 5"),
+        (dict(out=torch.zeros(6, 4, 7, 32).half()), ValueError, "out: expected"),
+        (dict(weight=torch.zeros(32, 5, 5, 16).half()), ValueError, "weight: expected"),
+        (dict(bias=torch.zeros(32).half()), TypeError, "bias: expected torch.float32"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit(change, error, text):
+    arguments = dict(out=(6, 7, 7, 32), x=(6, 7, 7, 16), weight=(32, 3, 3, 16))
+    arguments = {name: torch.zeros(shape).half() for name, shape in arguments.items()} | dict(bias=torch.zeros(32))
+    with pytest.raises(error, match=text):
+        conv_(**(arguments | change))
+    conv_(**arguments)

@@ -1,0 +1,101 @@
+"""Tables of tiles, the rule for shapes that are in none, the tuner's choice, and what the compiler says."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from spnet.kernels import check, tiling, tune, workload
+from spnet.kernels.tiling import Shape, Tile
+
+META = torch.device("meta")
+
+
+def test_a_measured_tile_comes_before_the_rule(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiling, "TABLES", tmp_path)
+    tiling.table.cache_clear()
+    shape = Shape.of(torch.float16, False, 3, 64, 64, 3000)
+    assert shape == ("float16", 3, 64, 64, 4096)
+    measured = Tile(256, 64, 32, 4, 8, 5, 1)
+    entry = dict(tile=list(measured), microseconds=1.0, by_rule=2.0)
+    (tmp_path / "sm_90.json").write_text(json.dumps(dict(device="a GPU", tiles={shape.key: entry})))
+    assert tiling.choose("sm_90", shape) == measured
+    assert tiling.choose("sm_80", shape) == tiling.rule("sm_80", shape)
+    assert tiling.choose("sm_90", shape._replace(cin=128)) == tiling.rule("sm_90", shape._replace(cin=128))
+    tiling.table.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", workload.DTYPES)
+@pytest.mark.parametrize("batch", [1, 32, 1024])
+def test_the_rule_gives_tiles_that_fit(dtype, batch):
+    for network in workload.NETWORKS:
+        for conv in workload.convolutions(network):
+            tile = tiling.rule("sm_90", conv.shape(dtype, batch))
+            assert all(n & (n - 1) == 0 for n in (tile.block_m, tile.block_n, tile.block_k, tile.warps))
+            assert min(tile.block_m, tile.block_n, tile.block_k) >= 16
+            itemsize = workload.torch_dtype(dtype).itemsize
+            stages = (tile.block_m + tile.block_n) * tile.block_k * itemsize * tile.stages
+            assert stages * tile.programs_per_sm <= check.SHARED_BYTES["sm_90"]
+
+
+def test_convolutions_of_resnet50():
+    found = workload.convolutions("resnet50")
+    assert len(found) == 1 + 5 + 3 * 6
+    assert found[0] == (7, 2, 224, 3, 64, "stem")
+    assert (3, 2, 28, 256, 256, "inner") in found
+    assert found[-1] == (3, 1, 7, 512, 512, "inner")
+
+
+def test_the_tuner_takes_the_fastest_tile_of_each_shape():
+    asked = []
+
+    def time(launch):
+        asked.append(launch)
+        if launch.arguments["BLOCK_M"] == 256:
+            return float("inf")  # no room
+        return 100 - launch.arguments["BLOCK_M"] / 2 - launch.stages
+
+    convolutions = workload.convolutions("resnet18")[:3]  # the stem and two of one shape
+    table = tune.tune(convolutions, ["float16"], [8], "sm_90", META, time)
+    assert list(table) == ["float16-7-32-64-131072", "float16-3-64-64-32768"]
+    for key, entry in table.items():
+        tile = Tile(*entry["tile"])
+        assert (tile.block_m, tile.stages) == (128, 4)
+        assert entry["microseconds"] == 32
+        conv = convolutions[list(table).index(key)]
+        default = tiling.rule("sm_90", conv.shape("float16", 8))
+        assert entry["by_rule"] == 100 - default.block_m / 2 - default.stages
+    assert len(asked) < 200
+
+
+def test_the_tuner_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, "-m", "spnet.kernels.tune"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no GPU" in done.stderr
+
+
+def test_kernels_compile_for_gpus_that_are_not_here():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "spnet.kernels.check", "--quick", "--arch", "sm_90"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "wgmma" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "report", "text"),
+    [
+        ("conv float16", check.Report(255, 8, 0, ("wgmma.mma_async",)), "spills 8 bytes"),
+        ("conv tf32", check.Report(255, 0, 300_000, ("mma.sync",)), "300000 bytes of shared memory"),
+        ("conv bfloat16", check.Report(255, 0, 0, ("mma.sync",)), "has no wgmma"),
+    ],
+)
+def test_complaints(name, report, text):
+    (found,) = check.complaints(name, report, "sm_90")
+    assert text in found
+    assert not check.complaints(name, check.Report(100, 0, 1000, ("wgmma.mma_async",)), "sm_90")
