@@ -1,0 +1,415 @@
+"""``batch`` on CUDA: the operators of :mod:`spnet.kernels`, the whole forward in one CUDA graph, nothing waits.
+
+Which samples execute a block is known to the device alone. Batches are padded to a few sizes, one graph each, with
+samples of NaN: a NaN margin skips every block, so that they cost little and reach nobody. What an execution needs of
+CUDA itself (capture, streams, clocks) is in one class, whose twin for the CPU calls the same function every time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from threading import Lock
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spnet.execution.table import IDENTITY, PAD, PROJECTION, Block, Convolution, Network
+from spnet.kernels import (
+    RouterWeights,
+    compact_,
+    conv_,
+    decide_,
+    interior,
+    pack_stem_weight,
+    pack_weight,
+    padded_shape,
+    parts,
+    pool_,
+    route_,
+    slabs,
+    stem_conv_,
+)
+
+LARGEST = 1024  # samples of one graph; larger batches are cut
+GRAPHS = 8  # kept per plan
+_PIXELS = 2**31 - 1  # of one map, as the kernels count them
+
+
+def bucket(batch: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: at most a third of the samples is padding."""
+    power = 1 << (batch - 1).bit_length()
+    return power * 3 // 4 if power > 2 and batch <= power * 3 // 4 else power
+
+
+class _Conv(NamedTuple):
+    """A convolution on maps [B, H, W, C]."""
+
+    shape: Convolution
+    weight: Tensor  # [Cout, k, k, Cin / groups]
+    bias: Tensor  # float32 [Cout]
+
+    def out(self, x: Tensor) -> Tensor:
+        """A new map for its result on every sample of x."""
+        batch, h, w, _ = x.shape
+        return x.new_empty(batch, -(-h // self.shape.stride), -(-w // self.shape.stride), self.shape.cout)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """By PyTorch, for every sample, without ReLU."""
+        weight, shape = self.weight.permute(0, 3, 1, 2), self.shape
+        y = F.conv2d(_nchw(x), weight, self.bias.to(x.dtype), shape.stride, shape.padding, groups=shape.groups)
+        return _nhwc(y)
+
+
+class _Block(NamedTuple):
+    shape: Block
+    body: tuple[_Conv, ...]
+    projection: _Conv | None
+    router: RouterWeights
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _fits(conv: Convolution) -> bool:
+    """Whether ``conv_`` computes it."""
+    return conv.kernel in (1, 3) and conv.stride in (1, 2) and conv.padding == conv.kernel // 2 and conv.groups == 1
+
+
+def _check(network: Network) -> None:
+    for i, block in enumerate(network.blocks):
+        for name, convs in (("body", block.body), ("shortcut", [block.projection] * (block.shortcut == PROJECTION))):
+            for conv in convs:
+                if not _fits(conv):
+                    raise ValueError(
+                        f"block {i}: {name}: expected 1x1 and 3x3 convolutions of stride 1 or 2, padding (k - 1) / 2 "
+                        f"and 1 group, all that its kernels compute, got {conv}"
+                    )
+
+
+class _Layers:
+    """The weights of a network on their device, and the forward made of them."""
+
+    def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype):
+        _check(network)
+        flat = iter(weights.split([math.prod(shape) for shape in network.shapes()]))
+        shapes = network.shapes()
+
+        def take() -> Tensor:
+            # A copy: a view would keep all float32 weights alive, and would not lie at 16 bytes.
+            return next(flat).view(next(shapes)).clone()
+
+        def convolution(shape: Convolution) -> _Conv:
+            return _Conv(shape, pack_weight(take().to(dtype)), take())
+
+        self.network, self.dtype, self.device = network, dtype, weights.device
+        stem = network.stem
+        self._pads = stem.cin <= 4 and stem.kernel % 2 == 1 and stem.stride in (1, 2) and stem.padding == stem.kernel // 2
+        if self._pads:
+            self._stem = _Conv(stem, pack_stem_weight(take().to(dtype)), take())
+        else:
+            self._stem = convolution(stem)
+        self.blocks = []
+        for block in network.blocks:
+            body = tuple(convolution(shape) for shape in block.body)
+            projection = convolution(block.projection) if block.shortcut == PROJECTION else None
+            w1, b1, w2, b2 = (take() for _ in range(4))
+            self.blocks.append(_Block(block, body, projection, RouterWeights(w1, b1, w2.flatten(), b2)))
+        self._head = take()[:, None, None, :], take()
+
+    def image(self, batch: int) -> tuple[Tensor, Tensor]:
+        """What the stem reads, and the view [B, C, H, W] of it into which the pixels are to be copied."""
+        shape = batch, *self.network[:3]
+        if self._pads:
+            stem = self.network.stem
+            padded = torch.zeros(padded_shape(shape, stem.kernel, stem.stride), dtype=self.dtype, device=self.device)
+            return padded, interior(padded, shape, stem.kernel)
+        _, channels, h, w = shape
+        image = torch.zeros(batch, h, w, channels, dtype=self.dtype, device=self.device)
+        return image, _nchw(image)
+
+    def stem(self, image: Tensor, tf32: bool) -> Tensor:
+        if self._pads:
+            _, h, w = self.network[:3]
+            conv = self._stem
+            state = image.new_empty(len(image), -(-h // conv.shape.stride), -(-w // conv.shape.stride), conv.shape.cout)
+            stem_conv_(state, image, conv.weight, conv.bias, stride=conv.shape.stride, tf32=tf32)
+        else:
+            state = self._stem.dense(image).relu_()
+        if self.network.pool[0]:
+            state = _nhwc(F.max_pool2d(_nchw(state), *self.network.pool))
+        return state
+
+    def forward(
+        self, image: Tensor, decisions: Tensor, threshold: Tensor | None, logits: Tensor, dense: tuple[bool, ...],
+        tf32: bool,
+    ) -> None:  # fmt: skip
+        """image -> decisions bool [B, L] and logits float32 [B, classes]; without a threshold decisions are given."""
+        batch = len(decisions)
+        state, sums = self.stem(image, tf32), None
+        index, count = _new(state, batch, torch.int32), _new(state, 1, torch.int32)
+        for column, block in enumerate(self.blocks):
+            executes = decisions[:, column]
+            if threshold is not None:
+                sums = _pool(state, sums, index, count)
+                margins = state.new_empty(batch, parts(block.shape.router_width), dtype=torch.float32)
+                route_(margins, sums, state.shape[1] * state.shape[2], *block.router[:3])
+                decide_(index, count, executes, margins, block.router.b2, threshold)
+            elif not dense[column]:
+                compact_(index, count, executes)
+            state = step(block, state, executes, index, count, dense[column], tf32)
+            if block.shape.shortcut != IDENTITY:
+                sums = None
+        pooled = _pool(state, sums, index, count).sum(1) / (state.shape[1] * state.shape[2])
+        # Not cuBLAS, whose workspace a graph would have to keep, and which multiplies by TF32 where told to.
+        conv_(logits[:, None, None], pooled[:, None, None], *self._head, relu=False)
+
+
+def _new(like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(size, dtype=dtype)
+
+
+def _pool(state: Tensor, sums: Tensor | None, index: Tensor, count: Tensor) -> Tensor:
+    """The sums of ``pool_``; where there are some, redone for what the last block has changed."""
+    batch, h, w, channels = state.shape
+    if sums is None:
+        sums = state.new_empty(batch, slabs(h * w), channels, dtype=torch.float32)
+        pool_(sums, state)
+    else:
+        pool_(sums, state, index, count)
+    return sums
+
+
+def step(
+    block: _Block, state: Tensor, executes: Tensor, index: Tensor, count: Tensor, dense: bool, tf32: bool
+) -> Tensor:
+    """The state behind a block, in place where its shortcut is the identity and it is not dense.
+
+    Args:
+        state: [B, H, W, C].
+        executes: bool [B]; index, count: the same as a list, unless dense.
+        dense: compute the body for every sample, by PyTorch, and select.
+    """
+    y = _shortcut(block, state, executes, tf32)
+    if dense:
+        x = state
+        for conv in block.body[:-1]:
+            x = conv.dense(x).relu_()
+        body = block.body[-1].dense(x).add_(y).relu_()
+        return torch.where(executes[:, None, None, None], body, y)
+    x = state.clone() if y is state and len(block.body) == 1 else state
+    for i, conv in enumerate(block.body):
+        first, last = i == 0, i == len(block.body) - 1
+        out = y if last else conv.out(x)
+        modes = dict(gather=first, scatter=last, add=last, stride=conv.shape.stride, tf32=tf32)
+        conv_(out, x, conv.weight, conv.bias, index=index, count=count, **modes)
+        x = out
+    return y
+
+
+def _shortcut(block: _Block, state: Tensor, executes: Tensor, tf32: bool) -> Tensor:
+    """The new state of the samples that skip, and what the body is added to of those that execute."""
+    shape, stride = block.shape, block.shape.stride
+    if shape.shortcut == IDENTITY:
+        return state
+    if shape.shortcut == PAD:
+        before, cin, cout = shape.pad_before, state.shape[3], shape.body[-1].cout
+        # Already >= 0, so it needs no ReLU.
+        return F.pad(state[:, ::stride, ::stride], (before, cout - cin - before))
+    y = block.projection.out(state)
+    conv_(y, state, block.projection.weight, block.projection.bias, stride=stride, skip_relu=executes, tf32=tf32)
+    return y
+
+
+class OnCpu:
+    """The twin of :class:`OnCuda`: calls the function every time."""
+
+    tf32 = False
+
+    def __init__(self, device: torch.device):
+        pass
+
+    def capture(self, function: Callable[[], None], beside=None) -> Callable[[], None]:
+        return function
+
+    def in_order(self, buffers: list[Tensor]):
+        return nullcontext()
+
+    def clock(self, function: Callable[[], object]) -> Callable[[], float]:
+        def seconds() -> float:
+            start = perf_counter()
+            function()
+            return perf_counter() - start
+
+        return seconds
+
+
+class OnCuda:
+    """Capture, streams and clocks of one CUDA device."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._side = torch.cuda.Stream(device)
+        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+
+    @property
+    def tf32(self) -> bool:
+        # What allow_tf32 sets too; reading that raises where convolutions and recurrent networks differ.
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+    def capture(self, function: Callable[[], None], beside: Callable | None = None) -> Callable[[], None]:
+        """Run the function once, which compiles its kernels, then capture it; the result replays it.
+
+        Args:
+            beside: an earlier result that is never replayed at the same time: both use the same memory.
+        """
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._side.wait_stream(current)
+            with torch.cuda.stream(self._side):
+                function()
+            current.wait_stream(self._side)
+            graph = torch.cuda.CUDAGraph()
+            pool = None if beside is None else beside.__self__.pool()
+            # Other threads may go on using the GPU.
+            with torch.cuda.graph(graph, pool=pool, stream=self._side, capture_error_mode="thread_local"):
+                function()
+        return graph.replay
+
+    @contextmanager
+    def in_order(self, buffers: list[Tensor]) -> Iterator[None]:
+        """What is launched inside waits, on the device, for what was launched inside before on another stream."""
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            if self._last is not None and self._last[0] != stream:
+                stream.wait_event(self._last[1])
+            for buffer in buffers:
+                buffer.record_stream(stream)  # or a buffer that is dropped now would be reused before the work is done
+            yield
+            event = self._last[1] if self._last is not None else torch.cuda.Event()
+            event.record(stream)
+            self._last = stream, event
+
+    def clock(self, function: Callable[[], object]) -> Callable[[], float]:
+        """The result runs a captured function and returns its seconds on the device."""
+        replay = self.capture(function)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def seconds() -> float:
+            with torch.cuda.device(self._device):
+                begin.record()
+                replay()
+                end.record()
+                end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+
+        return seconds
+
+
+class _Captured:
+    """The forward at one batch size: tensors that stay where they are, and what runs it on them."""
+
+    def __init__(self, layers: _Layers, batch: int, forced: bool, dense: tuple[bool, ...], tf32: bool, capture):
+        network, device = layers.network, layers.device
+        self._image, self._pixels = layers.image(batch)
+        self._pixels.fill_(torch.nan)
+        self._decisions = torch.zeros(batch, len(network.blocks), dtype=torch.bool, device=device)
+        self._threshold = None if forced else torch.zeros(1, device=device)
+        self._logits = torch.empty(batch, network.num_classes, device=device)
+        self.buffers = [t for t in (self._image, self._decisions, self._threshold, self._logits) if t is not None]
+        tensors = self._image, self._decisions, self._threshold, self._logits
+        self.replay = capture(partial(layers.forward, *tensors, dense, tf32))
+
+    def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+        n = len(x)
+        self._pixels[:n].copy_(x)
+        self._pixels[n:].fill_(torch.nan)
+        if self._threshold is None:
+            self._decisions[:n].copy_(paths)
+            self._decisions[n:].fill_(False)
+        else:
+            self._threshold.fill_(threshold)
+        self.replay()
+        return self._logits[:n].clone(), self._decisions[:n].clone()
+
+
+class Graph:
+    """Any plan of 1x1 and 3x3 convolutions, in float16, bfloat16 or float32.
+
+    Args:
+        network: the shapes.
+        weights: float32 [n], in the order of ``network.shapes()``, on the device that is to run it: CUDA, or the CPU
+            by the operators' twins.
+        dtype: of the maps and convolutions; routers, pooled sums and the head are float32.
+
+    Attributes:
+        dense: per block, whether every sample computes its body, by PyTorch.
+
+    Raises:
+        ValueError: a convolution that the kernels do not compute.
+    """
+
+    def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype):
+        with torch.inference_mode(False), torch.no_grad():
+            self._layers = _Layers(network, weights, dtype)
+        self.dense = (False,) * len(network.blocks)
+        self._device = (OnCuda if weights.device.type == "cuda" else OnCpu)(weights.device)
+        side = network.height + network.stem.kernel, network.width + network.stem.kernel + 1
+        self._largest = max(1, min(LARGEST, _PIXELS // math.prod(side)))
+        self._graphs: OrderedDict[tuple, _Captured] = OrderedDict()
+        self._lock = Lock()
+
+    def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+        """x [B, C, H, W], paths bool [B, L] or None -> float32 logits [B, classes], decisions bool [B, L].
+
+        Raises:
+            torch.OutOfMemoryError: no memory for a graph of this batch size.
+        """
+        network = self._layers.network
+        if not len(x):
+            decisions = torch.empty(0, len(network.blocks), dtype=torch.bool, device=x.device)
+            return torch.empty(0, network.num_classes, device=x.device), decisions
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad(), self._lock:
+            pieces = x.split(self._largest)
+            forced = [None] * len(pieces) if paths is None else paths.split(self._largest)
+            results = [self._run(piece, given, threshold) for piece, given in zip(pieces, forced, strict=True)]
+        return results[0] if len(results) == 1 else tuple(map(torch.cat, zip(*results, strict=True)))
+
+    def _run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+        tf32 = self._layers.dtype == torch.float32 and self._device.tf32
+        captured = self._captured(min(bucket(len(x)), self._largest), paths is not None, self.dense, tf32)
+        with self._device.in_order(captured.buffers):
+            return captured.run(x, paths, threshold)
+
+    def _captured(self, batch: int, *options) -> _Captured:
+        key = batch, *options
+        found = self._graphs.get(key)
+        while found is None:
+            if len(self._graphs) == GRAPHS:
+                self._graphs.popitem(last=False)
+            beside = next(iter(self._graphs.values())).replay if self._graphs else None
+            try:
+                found = _Captured(self._layers, *key, partial(self._device.capture, beside=beside))
+            except torch.OutOfMemoryError as e:
+                reason = str(e)  # not the error itself, which holds the tensors of the attempt
+            if found is None:
+                if not self._graphs:
+                    raise torch.OutOfMemoryError(
+                        f"x: no memory to capture a batch of {batch}; a smaller one, or impl='routed', needs less: {reason}"
+                    )
+                self._graphs.clear()
+        self._graphs[key] = found
+        self._graphs.move_to_end(key)
+        return found
