@@ -4,6 +4,7 @@ import importlib
 
 from spnet.analysis.paths import PathStatistics, paths
 from spnet.api import Explanation, explain, fast_forward
+from spnet.execution.calibrate import calibrate
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan, load_plan, lower
 from spnet.models import SPNet, SPNetOutput, create_model, list_models
@@ -29,6 +30,7 @@ __all__ = [
     "SPNet",
     "SPNetOutput",
     "build_info",
+    "calibrate",
     "create_model",
     "explain",
     "fast_forward",

@@ -185,7 +185,8 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         plan = plan_of(model)
         impl, reason = plan.impl, "native code carries each sample through all blocks, one sample per thread"
         if plan.impl == "batch":
-            reason = f"fused operators on the samples routed to each body; walk does not fit: {plan.reason}"
+            how = "one CUDA graph of kernels" if plan.device.type == "cuda" else "fused operators"
+            reason = f"{how} on the samples routed to each body; walk does not fit: {plan.reason}"
     except LoweringError as e:
         impl, reason = "routed", f"gathers the samples routed to each body; walk and batch do not fit: {e}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from weakref import WeakKeyDictionary, ref
 
@@ -45,8 +46,14 @@ class Macs:
 
     def of_paths(self, decisions: Tensor) -> Tensor:
         """Cost of each sample's path: decisions bool [B, L] -> int64 [B], on the same device."""
-        bodies = torch.tensor([b.body for b in self.blocks], dtype=torch.int64, device=decisions.device)
-        return self.dense - (bodies * ~decisions).sum(1)
+        device = decisions.device
+        if device not in self._bodies:  # kept: a copy to a GPU would wait for it
+            self._bodies[device] = torch.tensor([b.body for b in self.blocks], dtype=torch.int64, device=device)
+        return self.dense - (self._bodies[device] * ~decisions).sum(1)
+
+    @cached_property
+    def _bodies(self) -> dict[torch.device, Tensor]:
+        return {}
 
 
 _cache: WeakKeyDictionary[nn.Module, tuple[tuple, Macs]] = WeakKeyDictionary()

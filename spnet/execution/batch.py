@@ -7,14 +7,15 @@ so a *run* of neighbouring samples that execute a block is a batch without a gat
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spnet.execution.table import IDENTITY, PAD, PROJECTION, Block, Convolution, Network
+from spnet.execution.table import IDENTITY, PROJECTION, Block, Convolution, Network
 
 
 class _Convolution:
@@ -94,10 +95,14 @@ class Batch:
         network: the shapes.
         weights: float32 [n], in the order of ``network.shapes()``.
         dtype: of the maps and convolutions; routers, pooled sums and the head are float32.
+
+    Attributes:
+        dense: per block, whether every sample computes its body.
     """
 
     def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype):
         self._network, self._weights, self._dtype = network, weights, dtype
+        self.dense = (False,) * len(network.blocks)
         # The ReLU of the fused operators would hide a NaN, here one of the weights.
         self._is_fused = _has_fused(dtype) and bool(weights.isfinite().all())
         self._layers = _Layers(network, weights, dtype, _FusedConvolution) if self._is_fused else self._plain
@@ -120,9 +125,8 @@ class Batch:
         n_blocks = len(layers.blocks)
         if not len(x):
             return torch.empty(0, self._network.num_classes), torch.empty(0, n_blocks, dtype=torch.bool)
-        state = layers.stem(x.contiguous(memory_format=torch.channels_last), True)
-        if self._network.pool[0]:
-            state = F.max_pool2d(state, *self._network.pool)
+        state = self._stem(layers, x)
+        dense = self.dense
         decisions = torch.empty(len(x), n_blocks, dtype=torch.bool) if paths is None else paths.clone()
         pooled = None
         for column, (block, body, projection, router) in enumerate(layers.blocks):
@@ -130,25 +134,67 @@ class Batch:
                 if pooled is None:
                     pooled = _pool(state)
                 decisions[:, column] = _margin(pooled, *router) > threshold
-            executed, skipped = _runs(decisions[:, column])
-            if block.shortcut == IDENTITY:
-                for run in executed:
-                    _add_body_(body, state[run], state[run])
-                    if pooled is not None:
-                        pooled[run] = _pool(state[run])
-            else:
-                state = _execute_strided(block, body, projection, state, executed, skipped)
-                pooled = None
+            executes = decisions[:, column]
+            state, pooled = _execute(block, body, projection, state, pooled, executes, dense[column])
         return F.linear(_pool(state), *layers.head), decisions
+
+    def _stem(self, layers: _Layers, x: Tensor) -> Tensor:
+        state = layers.stem(x.contiguous(memory_format=torch.channels_last), True)
+        return F.max_pool2d(state, *self._network.pool) if self._network.pool[0] else state
+
+    @torch.no_grad()
+    def trials(self, x: Tensor, decisions: Tensor) -> Iterator[Callable[[bool], object]]:
+        """Per block, what runs it on its own maps, either dense or not: x [B, C, H, W], decisions bool [B, L]."""
+        state = self._stem(self._layers, x)
+        for (block, body, projection, _), executes in zip(self._layers.blocks, decisions.unbind(1), strict=True):
+            run = partial(_trial, block, body, projection, state, executes)
+            yield run
+            state = run(False)
+
+
+def _trial(block: Block, body: list, projection, state: Tensor, executes: Tensor, dense: bool) -> Tensor:
+    state, pooled = _execute(block, body, projection, state.clone(), _pool(state), executes, dense)
+    if pooled is None:
+        _pool(state)  # as the next router will
+    return state
+
+
+def _execute(
+    block: Block, body: list, projection, state: Tensor, pooled: Tensor | None, executes: Tensor, dense: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The state behind a block, in place where the shortcut is the identity; and its pooled vectors where kept."""
+    if dense:
+        return _execute_dense(block, body, projection, state, executes), None
+    executed, skipped = _runs(executes)
+    if block.shortcut != IDENTITY:
+        return _execute_strided(block, body, projection, state, executed, skipped), None
+    for run in executed:
+        _add_body_(body, state[run], state[run])
+        if pooled is not None:
+            pooled[run] = _pool(state[run])
+    return state, pooled
+
+
+def _execute_dense(block: Block, body: list, projection, x: Tensor, executes: Tensor) -> Tensor:
+    if block.shortcut == IDENTITY:
+        y, skipped = x.clone(), x
+    else:
+        y = _shortcut(block, projection, x)
+        skipped = y.relu()
+    _add_body_(body, y, x)
+    return torch.where(executes[:, None, None, None], y, skipped)
+
+
+def _shortcut(block: Block, projection, x: Tensor) -> Tensor:
+    if block.shortcut == PROJECTION:
+        return projection(x, False)
+    behind = block.body[-1].cout - block.body[0].cin - block.pad_before
+    y = x[:, :, :: block.stride, :: block.stride]
+    return F.pad(y, (0, 0, 0, 0, block.pad_before, behind)).contiguous(memory_format=torch.channels_last)
 
 
 def _execute_strided(block: Block, body: list, projection, x: Tensor, executed: list, skipped: list) -> Tensor:
-    if block.shortcut == PAD:
-        behind = block.body[-1].cout - block.body[0].cin - block.pad_before
-        y = x[:, :, :: block.stride, :: block.stride]
-        y = F.pad(y, (0, 0, 0, 0, block.pad_before, behind)).contiguous(memory_format=torch.channels_last)
-    else:
-        y = projection(x, False)
+    y = _shortcut(block, projection, x)
     for run in executed:
         _add_body_(body, y[run], x[run])
     for run in skipped:

@@ -1,11 +1,15 @@
-"""What the plans of each kind of device require."""
+"""What plans require of their device, and what they use of it beside operators: capture, streams, clocks."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from time import perf_counter
 
 import torch
+from torch import Tensor
 
 EXPERIMENTAL = "SPNET_EXPERIMENTAL_CUDA_BATCH"
 DTYPES = {
@@ -22,7 +26,9 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
         )
     if device.type == "cuda":
         if os.environ.get(EXPERIMENTAL) != "1":
-            raise ValueError(f"batch on CUDA has not been measured on a GPU; {EXPERIMENTAL}=1 in the environment opens it")
+            raise ValueError(
+                f"batch on CUDA has not been measured on a GPU; {EXPERIMENTAL}=1 in the environment opens it"
+            )
         check_cuda(torch.cuda.get_device_capability(device), find_spec("triton") is not None)
 
 
@@ -32,3 +38,92 @@ def check_cuda(capability: tuple[int, int], has_triton: bool) -> None:
         raise ValueError(f"batch on CUDA needs compute capability 8.0 or higher, got {capability[0]}.{capability[1]}")
     if not has_triton:
         raise ValueError("batch on CUDA needs Triton, which is not installed")
+
+
+class OnCpu:
+    """The twin of :class:`OnCuda`: calls the function every time."""
+
+    tf32 = False
+
+    def __init__(self, device: torch.device):
+        pass
+
+    def capture(self, function: Callable[[], None], beside=None) -> Callable[[], None]:
+        return function
+
+    def in_order(self, buffers: list[Tensor]):
+        return nullcontext()
+
+    def clock(self, function: Callable[[], object]) -> Callable[[], float]:
+        def seconds() -> float:
+            start = perf_counter()
+            function()
+            return perf_counter() - start
+
+        return seconds
+
+
+class OnCuda:
+    """Capture, streams and clocks of one CUDA device."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._side = torch.cuda.Stream(device)
+        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+
+    @property
+    def tf32(self) -> bool:
+        # What allow_tf32 sets too; reading that raises where convolutions and recurrent networks differ.
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+    def capture(self, function: Callable[[], None], beside: Callable | None = None) -> Callable[[], None]:
+        """Run the function once, which compiles its kernels, then capture it; the result replays it.
+
+        Args:
+            beside: an earlier result that is never replayed at the same time: both use the same memory.
+        """
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._side.wait_stream(current)
+            with torch.cuda.stream(self._side):
+                function()
+            current.wait_stream(self._side)
+            graph = torch.cuda.CUDAGraph()
+            pool = None if beside is None else beside.__self__.pool()
+            # Other threads may go on using the GPU.
+            with torch.cuda.graph(graph, pool=pool, stream=self._side, capture_error_mode="thread_local"):
+                function()
+        return graph.replay
+
+    @contextmanager
+    def in_order(self, buffers: list[Tensor]) -> Iterator[None]:
+        """What is launched inside waits, on the device, for what was launched inside before on another stream."""
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            if self._last is not None and self._last[0] != stream:
+                stream.wait_event(self._last[1])
+            for buffer in buffers:
+                buffer.record_stream(stream)  # or a buffer that is dropped now would be reused before the work is done
+            yield
+            event = self._last[1] if self._last is not None else torch.cuda.Event()
+            event.record(stream)
+            self._last = stream, event
+
+    def clock(self, function: Callable[[], object]) -> Callable[[], float]:
+        """The result runs a captured function and returns its seconds on the device."""
+        replay = self.capture(function)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def seconds() -> float:
+            with torch.cuda.device(self._device):
+                begin.record()
+                replay()
+                end.record()
+                end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+
+        return seconds
+
+
+def on(device: torch.device) -> OnCpu | OnCuda:
+    return (OnCuda if device.type == "cuda" else OnCpu)(device)

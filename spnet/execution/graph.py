@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spnet.execution.device import on
 from spnet.execution.table import IDENTITY, PAD, PROJECTION, Block, Convolution, Network
 from spnet.kernels import (
     RouterWeights,
@@ -115,7 +114,9 @@ class _Layers:
 
         self.network, self.dtype, self.device = network, dtype, weights.device
         stem = network.stem
-        self._pads = stem.cin <= 4 and stem.kernel % 2 == 1 and stem.stride in (1, 2) and stem.padding == stem.kernel // 2
+        self._pads = (
+            stem.cin <= 4 and stem.kernel % 2 == 1 and stem.stride in (1, 2) and stem.padding == stem.kernel // 2
+        )
         if self._pads:
             self._stem = _Conv(stem, pack_stem_weight(take().to(dtype)), take())
         else:
@@ -232,89 +233,19 @@ def _shortcut(block: _Block, state: Tensor, executes: Tensor, tf32: bool) -> Ten
     return y
 
 
-class OnCpu:
-    """The twin of :class:`OnCuda`: calls the function every time."""
-
-    tf32 = False
-
-    def __init__(self, device: torch.device):
-        pass
-
-    def capture(self, function: Callable[[], None], beside=None) -> Callable[[], None]:
-        return function
-
-    def in_order(self, buffers: list[Tensor]):
-        return nullcontext()
-
-    def clock(self, function: Callable[[], object]) -> Callable[[], float]:
-        def seconds() -> float:
-            start = perf_counter()
-            function()
-            return perf_counter() - start
-
-        return seconds
-
-
-class OnCuda:
-    """Capture, streams and clocks of one CUDA device."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._side = torch.cuda.Stream(device)
-        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
-
-    @property
-    def tf32(self) -> bool:
-        # What allow_tf32 sets too; reading that raises where convolutions and recurrent networks differ.
-        return torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-    def capture(self, function: Callable[[], None], beside: Callable | None = None) -> Callable[[], None]:
-        """Run the function once, which compiles its kernels, then capture it; the result replays it.
-
-        Args:
-            beside: an earlier result that is never replayed at the same time: both use the same memory.
-        """
-        with torch.cuda.device(self._device):
-            current = torch.cuda.current_stream()
-            self._side.wait_stream(current)
-            with torch.cuda.stream(self._side):
-                function()
-            current.wait_stream(self._side)
-            graph = torch.cuda.CUDAGraph()
-            pool = None if beside is None else beside.__self__.pool()
-            # Other threads may go on using the GPU.
-            with torch.cuda.graph(graph, pool=pool, stream=self._side, capture_error_mode="thread_local"):
-                function()
-        return graph.replay
-
-    @contextmanager
-    def in_order(self, buffers: list[Tensor]) -> Iterator[None]:
-        """What is launched inside waits, on the device, for what was launched inside before on another stream."""
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream()
-            if self._last is not None and self._last[0] != stream:
-                stream.wait_event(self._last[1])
-            for buffer in buffers:
-                buffer.record_stream(stream)  # or a buffer that is dropped now would be reused before the work is done
-            yield
-            event = self._last[1] if self._last is not None else torch.cuda.Event()
-            event.record(stream)
-            self._last = stream, event
-
-    def clock(self, function: Callable[[], object]) -> Callable[[], float]:
-        """The result runs a captured function and returns its seconds on the device."""
-        replay = self.capture(function)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-        def seconds() -> float:
-            with torch.cuda.device(self._device):
-                begin.record()
-                replay()
-                end.record()
-                end.synchronize()
-            return begin.elapsed_time(end) / 1e3
-
-        return seconds
+def _trial(
+    block: _Block, state: Tensor, executes: Tensor, index: Tensor, count: Tensor, tf32: bool, dense: bool
+) -> Tensor:
+    state, sums = state.clone(), None
+    if not dense:
+        compact_(index, count, executes)
+        if block.shape.shortcut == IDENTITY:
+            sums = state.new_empty(
+                len(state), slabs(state.shape[1] * state.shape[2]), state.shape[3], dtype=torch.float32
+            )
+    state = step(block, state, executes, index, count, dense, tf32)
+    _pool(state, sums, index, count)
+    return state
 
 
 class _Captured:
@@ -364,7 +295,7 @@ class Graph:
         with torch.inference_mode(False), torch.no_grad():
             self._layers = _Layers(network, weights, dtype)
         self.dense = (False,) * len(network.blocks)
-        self._device = (OnCuda if weights.device.type == "cuda" else OnCpu)(weights.device)
+        self._device = on(weights.device)
         side = network.height + network.stem.kernel, network.width + network.stem.kernel + 1
         self._largest = max(1, min(LARGEST, _PIXELS // math.prod(side)))
         self._graphs: OrderedDict[tuple, _Captured] = OrderedDict()
@@ -387,8 +318,24 @@ class Graph:
             results = [self._run(piece, given, threshold) for piece, given in zip(pieces, forced, strict=True)]
         return results[0] if len(results) == 1 else tuple(map(torch.cat, zip(*results, strict=True)))
 
+    @torch.no_grad()
+    def trials(self, x: Tensor, decisions: Tensor) -> Iterator[Callable[[bool], object]]:
+        """Per block, what runs it on its own maps, either dense or not: x [B, C, H, W], decisions bool [B, L]."""
+        tf32 = self._tf32()
+        image, pixels = self._layers.image(len(x))
+        pixels.copy_(x)
+        state = self._layers.stem(image, tf32)
+        lists = _new(state, len(x), torch.int32), _new(state, 1, torch.int32)
+        for block, executes in zip(self._layers.blocks, decisions.unbind(1), strict=True):
+            run = partial(_trial, block, state, executes, *lists, tf32)
+            yield run
+            state = run(False)
+
+    def _tf32(self) -> bool:
+        return self._layers.dtype == torch.float32 and self._device.tf32
+
     def _run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
-        tf32 = self._layers.dtype == torch.float32 and self._device.tf32
+        tf32 = self._tf32()
         captured = self._captured(min(bucket(len(x)), self._largest), paths is not None, self.dense, tf32)
         with self._device.in_order(captured.buffers):
             return captured.run(x, paths, threshold)
@@ -407,7 +354,8 @@ class Graph:
             if found is None:
                 if not self._graphs:
                     raise torch.OutOfMemoryError(
-                        f"x: no memory to capture a batch of {batch}; a smaller one, or impl='routed', needs less: {reason}"
+                        f"x: no memory to capture a batch of {batch}: {reason}; a smaller one needs less, "
+                        "impl='routed' too"
                     )
                 self._graphs.clear()
         self._graphs[key] = found

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from spnet.execution.plan import Plan, check_fit, lower
+from spnet.execution.plan import LoweringError, Plan, check_fit, lower
 from spnet.native import core
 
 # The dictionaries of a module that say what it consists of and whether it may be passed over.
@@ -32,7 +32,9 @@ class _Watch:
         self._tensors = list(named.values())
         self._same_layouts = _layouts_check(self._tensors)
         self._elsewhere = [t for t in self._tensors if t.device.type != "cpu"]
-        self._versions = list(map(_version, self._elsewhere))
+        if any(t.is_inference() for t in self._elsewhere):
+            raise LoweringError("weights made in inference mode have no version to compare with the plan's")
+        self._versions = [t._version for t in self._elsewhere]
         # The version counter of PyTorch misses what is written through .data: the bytes themselves do not.
         storages = [t.untyped_storage() for t in self._tensors if t.device.type == "cpu"]
         spans = torch.tensor(sorted({(s.data_ptr(), s.nbytes()) for s in storages}), dtype=torch.int64)
@@ -42,7 +44,7 @@ class _Watch:
         return (
             # First: the bytes are safe to read only where the tensors still lie there.
             self._same_layouts()
-            and list(map(_version, self._elsewhere)) == self._versions
+            and [t._version for t in self._elsewhere] == self._versions
             and self._fingerprint.matches(self._facts, vars(model), torch.get_num_threads())
         )
 
@@ -87,11 +89,6 @@ def _layouts_check(tensors: list[Tensor]) -> Callable[[], bool]:
 
     before = layouts()
     return lambda: layouts() == before
-
-
-def _version(t: Tensor) -> object:
-    """Changes with every write that PyTorch counts; without a counter every time."""
-    return object() if t.is_inference() else t._version
 
 
 _kept: WeakKeyDictionary[nn.Module, tuple[_Watch, Plan]] = WeakKeyDictionary()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from spnet.analysis.macs import BlockMacs, Macs, count_macs
 from spnet.execution.batch import Batch
+from spnet.execution.device import DTYPES, check_device
 from spnet.execution.paths import Paths
 from spnet.execution.table import FORMAT_VERSION, IDENTITY, PAD, PROJECTION, Block, Convolution, Network, read_table
 from spnet.execution.walk import Walk
@@ -25,13 +27,22 @@ from spnet.models.files import write_whole
 from spnet.models.resnet import PadShortcut, SPNet
 from spnet.routing import RoutedBlock, Router
 
-_EXECUTIONS = {"walk": Walk, "batch": Batch}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+def _graph(network: Network, weights: Tensor, dtype: torch.dtype):
+    from spnet.execution.graph import Graph  # needs Triton
+
+    return Graph(network, weights, dtype)
+
+
+_EXECUTIONS = {"cpu": {"walk": Walk, "batch": Batch}, "cuda": {"batch": _graph}}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES["cuda"]}
 _TENSORS = {
     "table": (torch.int64, 1),
     "weights": (torch.float32, 1),
     "costs": (torch.int64, 2),
     "total": (torch.int64, 1),
+    "rates": (torch.float32, 1),
+    "dense": (torch.bool, 1),
 }
 
 
@@ -46,28 +57,42 @@ class Plan:
         table: int64 [n], the shapes, as described in ``csrc/plan.h``.
         weights: float32 [m], folded weights in the order of the table.
         macs: cost of the network, as counted before folding.
-        dtype: float32 or bfloat16, of the maps and of the packed weights; routers and sums are float32 always.
+        dtype: float32, bfloat16 or, on CUDA, float16, of the maps and of the packed weights; routers and sums are
+            float32 always.
+        device: that runs the network: the CPU, or CUDA.
 
     Attributes:
         impl: "walk" where the native core runs the network, else "batch".
         reason: why it is not "walk", in words; empty where it is.
+        rates: float32 [L], each block's execution rate as :func:`spnet.calibrate` has found it; None before.
+        choices: per block what ``batch`` does: "routed" (the body on the samples that execute it), or "dense" where
+            calibration found the body on all samples to be faster.
 
     Raises:
-        ValueError: an impossible table, weights that do not fit it, or another dtype.
+        ValueError: an impossible table, weights that do not fit it, or another dtype or device.
     """
 
-    def __init__(self, table: Tensor, weights: Tensor, macs: Macs, dtype: torch.dtype = torch.float32):
-        if dtype not in _DTYPES.values():
-            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
+    def __init__(
+        self,
+        table: Tensor,
+        weights: Tensor,
+        macs: Macs,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.device = torch.empty(0, device=device).device  # "cuda" is the current one of them
+        check_device(self.device, dtype)
         self.network = read_table(table)
         expected = sum(math.prod(shape) for shape in self.network.shapes())
         if weights.numel() != expected:
             raise ValueError(f"weights: expected {expected} floats, as the table says, got {weights.numel()}")
-        self.weights, self.macs, self.dtype = weights.contiguous(), macs, dtype
+        self.weights, self.macs, self.dtype = weights.cpu().contiguous(), macs, dtype
         self.num_classes, self.num_blocks = self.network.num_classes, len(self.network.blocks)
         if len(macs.blocks) != self.num_blocks:
             raise ValueError(f"macs: expected {self.num_blocks} blocks, got {len(macs.blocks)}")
         self.input_shape = self.network[:3]
+        self.rates: Tensor | None = None
+        self._dense = (False,) * self.num_blocks
         self._executions: dict[str, Walk | Batch] = {}
         self.impl, self.reason = "walk", ""
         try:
@@ -75,6 +100,22 @@ class Plan:
         except LoweringError as e:
             self.impl, self.reason = "batch", str(e)
             self.execution("batch")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return tuple("dense" if dense else "routed" for dense in self._dense)
+
+    def choose(self, rates: Tensor, dense: Sequence[bool]) -> None:
+        """Take what a calibration has found: each block's execution rate, and whether it is to be dense.
+
+        Raises:
+            ValueError: not one of each per block.
+        """
+        if len(rates) != self.num_blocks or len(dense) != self.num_blocks:
+            raise ValueError(f"rates, dense: expected {self.num_blocks} of each, got {len(rates)} and {len(dense)}")
+        self.rates, self._dense = rates.float().cpu(), tuple(dense)
+        if "batch" in self._executions:
+            self._executions["batch"].dense = self._dense
 
     def execution(self, impl: str = "auto") -> Walk | Batch:
         """The weights as one execution has packed them, when it was first asked for.
@@ -85,10 +126,16 @@ class Plan:
         impl = self.impl if impl == "auto" else impl
         found = self._executions.get(impl)
         if found is None:
+            make = _EXECUTIONS[self.device.type].get(impl)
+            if make is None:
+                raise LoweringError(f"{impl} does not run on {self.device}")
             try:
-                found = self._executions[impl] = _EXECUTIONS[impl](self.network, self.weights, self.dtype)
+                found = make(self.network, self.weights.to(self.device), self.dtype)
             except ValueError as e:
                 raise LoweringError(str(e).removeprefix("plan: ")) from e
+            if impl == "batch":
+                found.dense = self._dense
+            self._executions[impl] = found
         return found
 
     def __call__(
@@ -100,11 +147,11 @@ class Plan:
         return_paths: bool = False,
         impl: str = "auto",
     ) -> Tensor | tuple[Tensor, Paths]:
-        """Run the network with ``torch.get_num_threads()`` threads.
+        """Run the network, on the CPU with ``torch.get_num_threads()`` threads; on CUDA nothing waits for the device.
 
         Args:
-            x: [B, C, H, W] of the plan's dtype on the CPU, any strides.
-            paths: bool [B, L], forces the decisions.
+            x: [B, C, H, W] of the plan's dtype on its device, any strides.
+            paths: bool [B, L] on its device, forces the decisions.
             threshold: a sample executes a block where z_execute - z_skip > threshold.
             return_paths: also return :class:`spnet.Paths`.
             impl: "walk" or "batch"; "auto" takes ``plan.impl``.
@@ -115,9 +162,9 @@ class Plan:
         Raises:
             ValueError: another shape, dtype or device; LoweringError where the network does not fit ``impl``.
         """
-        _check("x", x, self.dtype, (None, *self.input_shape))
+        _check("x", x, self.dtype, (None, *self.input_shape), self.device)
         if paths is not None:
-            _check("paths", paths, torch.bool, (len(x), self.num_blocks))
+            _check("paths", paths, torch.bool, (len(x), self.num_blocks), self.device)
         logits, decisions = self.execution(impl).run(x, paths, threshold)
         logits = logits.to(self.dtype)
         if not return_paths:
@@ -137,6 +184,8 @@ class Plan:
             "weights": self.weights,
             "costs": torch.tensor([[b.body, b.shortcut, b.router, b.parameters] for b in blocks]).reshape(-1, 4),
             "total": torch.tensor([self.macs.dense, self.macs.parameters]),
+            "rates": torch.full((self.num_blocks,), torch.nan) if self.rates is None else self.rates,
+            "dense": torch.tensor(self._dense, dtype=torch.bool),
         }
         dtype = str(self.dtype).removeprefix("torch.")
         names = "\n".join(block.name for block in blocks)
@@ -144,11 +193,13 @@ class Plan:
         write_whole(Path(path), save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
 
 
-def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], device: torch.device) -> None:
     fits = t.dim() == len(shape) and all(e in (None, s) for e, s in zip(shape, t.shape, strict=True))
-    if not fits or t.dtype != dtype or t.device.type != "cpu":
+    if not fits or t.dtype != dtype or t.device != device:
         expected = ", ".join("B" if s is None else str(s) for s in shape)
-        raise ValueError(f"{name}: expected {dtype} [{expected}] on cpu, got {t.dtype} {list(t.shape)} on {t.device}")
+        raise ValueError(
+            f"{name}: expected {dtype} [{expected}] on {device}, got {t.dtype} {list(t.shape)} on {t.device}"
+        )
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -160,12 +211,13 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def load_plan(path: str | Path) -> Plan:
-    """Read a plan that :meth:`Plan.save` wrote.
+def load_plan(path: str | Path, device: torch.device | str = "cpu") -> Plan:
+    """Read a plan that :meth:`Plan.save` wrote, for the CPU or CUDA, whichever it was saved from.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: a truncated, damaged or foreign file, another version, or impossible sizes.
+        ValueError: a truncated, damaged or foreign file, another version, impossible sizes, or what the device does
+            not run.
     """
     path = Path(path)
     if not path.exists():
@@ -187,7 +239,12 @@ def load_plan(path: str | Path) -> Plan:
     if metadata.pop("sha256", None) != _digest(tensors, metadata):
         raise ValueError(f"path: {path} is damaged: its checksum is another one")
     blocks = tuple(BlockMacs(name, *row) for name, row in zip(names, tensors["costs"].tolist(), strict=True))
-    return Plan(tensors["table"], tensors["weights"], Macs(*tensors["total"].tolist(), blocks), _DTYPES[dtype])
+    macs = Macs(*tensors["total"].tolist(), blocks)
+    plan = Plan(tensors["table"], tensors["weights"], macs, _DTYPES[dtype], device)
+    plan.choose(tensors["rates"], tensors["dense"].tolist())
+    if plan.rates.isnan().any():
+        plan.rates = None
+    return plan
 
 
 @torch.no_grad()
@@ -196,7 +253,9 @@ def lower(model: nn.Module) -> Plan:
 
     Covers networks whose forward is that of :class:`spnet.models.SPNet`, in their CIFAR and ImageNet forms: a stem of
     one convolution with or without max-pooling, bodies of convolutions with BatchNorm, identity, option-A or projection
-    shortcuts; any depth, widths, groups and classes; float32 and bfloat16 on the CPU.
+    shortcuts; any depth, widths, groups and classes; float32 and bfloat16 on the CPU. On CUDA, where they have not been
+    measured yet, with ``SPNET_EXPERIMENTAL_CUDA_BATCH=1`` in the environment: also float16; bodies of 1x1 and 3x3
+    convolutions of one group; compute capability 8.0 or higher. The plan runs on the model's device.
 
     Raises:
         LoweringError: a network that does not fit; the message says why.
@@ -219,7 +278,7 @@ def lower(model: nn.Module) -> Plan:
     flat = torch.cat([w.detach().float().flatten() for w in (*weights, head.weight, head.bias)])
     macs = count_macs(model, (model.in_channels, size, size))
     try:
-        return Plan(network.table(), flat, macs, stem[0].weight.dtype)
+        return Plan(network.table(), flat, macs, stem[0].weight.dtype, head.weight.device)
     except ValueError as e:
         raise LoweringError(str(e).removeprefix("plan: ")) from e
 
@@ -229,8 +288,10 @@ def check_fit(model: nn.Module) -> None:
     if getattr(type(model), "forward", None) is not SPNet.forward:
         raise LoweringError(f"{type(model).__name__} is not one of spnet's own networks")
     weight = model.heads[-1].weight
-    if weight.dtype not in _DTYPES.values() or weight.device.type != "cpu":
-        raise LoweringError(f"{weight.dtype} on {weight.device} is neither float32 nor bfloat16 on the CPU")
+    try:
+        check_device(weight.device, weight.dtype)
+    except ValueError as e:
+        raise LoweringError(str(e)) from e
     for module in model.modules():
         if module.training:
             raise LoweringError("the network is in training mode")

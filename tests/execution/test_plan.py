@@ -189,7 +189,9 @@ def test_damaged_files_are_refused(tmp_path, options):
             spnet.load_plan(path)
 
     refused("plan version 1, expected 2", **{"spnet-plan": "1"})
-    refused("is no plan", dtype="float16")
+    refused("is no plan", dtype="float64")
+    refused("torch.float16 on cpu is neither", dtype="float16")
+    refused("rates, dense: expected", {**tensors, "rates": torch.zeros(1)})
     refused("is no plan", blocks="a")
     refused("is no plan", {**tensors, "more": torch.zeros(1)})
     refused("is no plan", {**tensors, "weights": tensors["weights"].double()})
