@@ -3,7 +3,7 @@
 //
 // It is stricter than a GPU. Shared memory is a heap buffer of exactly the size asked for and begins as NaN,
 // and so does what cp.async has not yet delivered, which is delivered no earlier than it is waited for. An
-// access outside of it, or not aligned, is recorded and does nothing.
+// access outside of it, or not aligned, is noted and does nothing; so is a copy to where one is under way.
 #pragma once
 
 #include <algorithm>
@@ -226,6 +226,8 @@ class EmulatedWarp {
       if (!where.at[i]) continue;
       char* to = block_.place(offset.at[i], sizeof(Unit));
       if (to == nullptr) continue;
+      const auto same = [&](const Copy& copy) { return copy.to == to; };
+      if (std::any_of(under_way_.begin(), under_way_.end(), same)) block_.note("two copies to one place");
       std::memset(to, 0xff, sizeof(Unit));
       under_way_.push_back({to, static_cast<const Unit*>(from) + index.at[i], groups_});
     }
