@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from threading import Lock
 from time import perf_counter
 
 import torch
@@ -63,6 +64,9 @@ class OnCpu:
         return seconds
 
 
+_capturing = Lock()  # a capture begins by waiting for the device, which another capture would not survive
+
+
 class OnCuda:
     """Capture, streams and clocks of one CUDA device."""
 
@@ -91,7 +95,8 @@ class OnCuda:
             graph = torch.cuda.CUDAGraph()
             pool = None if beside is None else beside.__self__.pool()
             # Other threads may go on using the GPU.
-            with torch.cuda.graph(graph, pool=pool, stream=self._side, capture_error_mode="thread_local"):
+            options = dict(pool=pool, stream=self._side, capture_error_mode="thread_local")
+            with _capturing, torch.cuda.graph(graph, **options):
                 function()
         return graph.replay
 

@@ -353,10 +353,8 @@ class Graph:
                 reason = str(e)  # not the error itself, which holds the tensors of the attempt
             if found is None:
                 if not self._graphs:
-                    raise torch.OutOfMemoryError(
-                        f"x: no memory to capture a batch of {batch}: {reason}; a smaller one needs less, "
-                        "impl='routed' too"
-                    )
+                    advice = "a smaller one needs less, impl='routed' too"
+                    raise torch.OutOfMemoryError(f"x: no memory to capture a batch of {batch}; {advice}: {reason}")
                 self._graphs.clear()
         self._graphs[key] = found
         self._graphs.move_to_end(key)

@@ -1,0 +1,375 @@
+"""``batch`` in one graph against ``masked`` by the contract of equality: by the operators' twins, and on a GPU."""
+
+import copy
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+import spnet
+from spnet.execution import device as device_module
+from spnet.execution import graph, kept, plan
+from spnet.execution.device import EXPERIMENTAL, OnCpu, check_cuda, check_device
+from spnet.execution.graph import Graph, bucket
+from spnet.routing import routed_blocks
+from tests.conftest import margins, settle
+
+FORMS = {
+    "cifar": dict(stage_blocks=[2, 2], widths=[6, 10], input_size=12, in_channels=2),
+    "projections": dict(
+        stage_blocks=[1, 3], widths=[3, 17], input_size=9, in_channels=5, shortcut="projection", router_width=20
+    ),
+    "one convolution": dict(stage_blocks=[2, 1], widths=[4, 8], input_size=8, in_channels=1),
+    "basic": dict(stage_blocks=[2, 1, 1], widths=[8, 8, 16], input_size=47, imagenet=True),
+    "bottleneck": dict(stage_blocks=[2, 2], widths=[4, 8], input_size=31, imagenet=True, bottleneck=True),
+    "bottleneck, 5 channels": dict(
+        stage_blocks=[2, 1], widths=[8, 16], input_size=33, in_channels=5, imagenet=True, bottleneck=True
+    ),
+}
+RATES = [0.0, 0.5, 1.0]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where ``batch`` runs in one graph; float32 products are exact."""
+    if request.param == "cpu":
+        monkeypatch.setitem(plan._EXECUTIONS, "cpu", {"batch": plan._graph})
+        monkeypatch.setitem(device_module.DTYPES, "cpu", device_module.DTYPES["cuda"])
+    else:
+        monkeypatch.setenv(EXPERIMENTAL, "1")
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    return torch.device(request.param)
+
+
+def _network(form: str, device: torch.device) -> nn.Module:
+    model = spnet.models.SPNet(num_classes=5, **FORMS[form])
+    if form == "one convolution":
+        for block in routed_blocks(model).values():
+            block.body = block.body[:2]
+    return settle(model).to(device)
+
+
+def _input(model: nn.Module, batch: int) -> torch.Tensor:
+    x = torch.randn(batch, model.in_channels, model.input_size, model.input_size)
+    return x.to(model.heads[-1].weight)
+
+
+def _paths(model: nn.Module, batch: int, rate: float) -> torch.Tensor:
+    return (torch.rand(batch, len(routed_blocks(model))) < rate).to(model.heads[-1].weight.device)
+
+
+def _assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    scale = expected.abs().max().clamp(min=1e-6) if expected.numel() else 1
+    assert got.shape == expected.shape
+    assert ((got - expected).abs() <= 1e-4 * scale).all()
+
+
+def _assert_answers(model: nn.Module, x: torch.Tensor, **options) -> None:
+    """fast_forward by ``batch`` agrees with ``masked``."""
+    expected, masked = spnet.fast_forward(model, x, impl="masked", return_paths=True, **options)
+    got, taken = spnet.fast_forward(model, x, impl="batch", return_paths=True, **options)
+    same = (masked.decisions == taken.decisions).all(1)
+    _assert_close(got[same], expected[same])
+    assert torch.equal(taken.macs[same], masked.macs[same])
+    if "paths" in options:
+        assert same.all()
+    elif not options.get("threshold"):
+        assert same[(margins(model, x) > 1e-3).all(1)].all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forced_paths(device, form):
+    model = _network(form, device)
+    for batch in (1, 2, 5, 6):
+        x = _input(model, batch)
+        before = x.clone()
+        for rate in RATES:
+            _assert_answers(model, x, paths=_paths(model, batch, rate))
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_own_decisions(device, form):
+    model = _network(form, device)
+    for batch in (1, 5):
+        x = _input(model, batch)
+        for threshold in (0.0, -0.5, 0.5, torch.inf, -torch.inf):  # one graph, other thresholds
+            _assert_answers(model, x, threshold=threshold)
+    again = [spnet.fast_forward(model, x, impl="batch") for _ in range(2)]
+    assert torch.equal(*again)
+    _, paths = spnet.fast_forward(model, _input(model, 7), impl="batch", threshold=-torch.inf, return_paths=True)
+    assert paths.decisions.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_halves(device, form, dtype):
+    model = _network(form, device).to(dtype)
+    x = _input(model, 5)
+    exact = copy.deepcopy(model).double()
+    for rate in RATES:
+        paths = _paths(model, 5, rate)
+        truth = spnet.fast_forward(exact, x.double(), impl="masked", paths=paths)
+        masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
+        got = spnet.fast_forward(model, x, impl="batch", paths=paths)
+        assert got.dtype == dtype
+        rounding = torch.finfo(dtype).eps * truth.abs().max()
+        assert (got.double() - truth).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
+    logits, paths = spnet.fast_forward(model, x, impl="batch", return_paths=True)
+    assert torch.equal(logits, spnet.fast_forward(model, x, impl="batch", paths=paths.decisions))
+
+
+def _dense(model: nn.Module, dense: list[bool]) -> None:
+    plan = kept.plan_of(model)
+    plan.choose(torch.ones(len(dense)), dense)
+    assert plan.choices == tuple("dense" if d else "routed" for d in dense)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_choices_do_not_change_answers(device, form):
+    model = _network(form, device)
+    x = _input(model, 5)
+    blocks = len(routed_blocks(model))
+    for dense in ([True] * blocks, [i % 2 == 0 for i in range(blocks)], [i % 2 == 1 for i in range(blocks)]):
+        spnet.fast_forward(model, x, impl="batch")  # what was captured before is not used again
+        _dense(model, dense)
+        _assert_answers(model, x)
+        for rate in RATES:
+            _assert_answers(model, x, paths=_paths(model, 5, rate))
+
+
+def test_buckets():
+    sizes = sorted({bucket(n) for n in range(1, 1025)})
+    assert sizes[:9] == [1, 2, 3, 4, 6, 8, 12, 16, 24]
+    assert sizes[-1] == 1024
+    assert len(sizes) == 20
+    for n in range(1, 1025):
+        assert bucket(n) == min(size for size in sizes if size >= n)
+
+
+@pytest.mark.parametrize("largest", [1, 4, 5])
+def test_batches_above_the_limit(device, monkeypatch, largest):
+    monkeypatch.setattr(graph, "LARGEST", largest)
+    model = _network("cifar", device)
+    x = _input(model, 11)
+    _assert_answers(model, x)
+    _assert_answers(model, x, paths=_paths(model, 11, 0.5))
+    assert {key[0] for key in _graphs(model)} <= {1, 2, 3, 4, largest}
+
+
+def test_an_empty_batch(device):
+    model = _network("basic", device)
+    x = _input(model, 0)
+    _assert_answers(model, x)
+    _assert_answers(model, x, paths=_paths(model, 0, 0.5))
+    assert not _graphs(model)
+
+
+def _graphs(model: nn.Module) -> dict:
+    return kept.plan_of(model).execution("batch")._graphs
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_skips_and_reaches_nobody(device, form, dense):
+    model = _network(form, device)
+    _dense(model, [dense] * len(routed_blocks(model)))
+    run = kept.plan_of(model).execution("batch").run
+    x = _input(model, 6)
+    for paths in (None, _paths(model, 6, 1.0)):
+        logits, decisions = run(x, paths, -torch.inf)
+        assert decisions.all()
+        fewer, _ = run(x[:5], None if paths is None else paths[:5], -torch.inf)
+        # The graph is the same, and so is the work on every sample.
+        assert torch.equal(fewer, logits[:5])
+    assert len(_graphs(model)) == 2
+    for captured in _graphs(model).values():
+        assert captured._decisions[:5].all()
+        assert not captured._decisions[5].any()
+        assert captured._logits[5].isnan().all()
+        assert not captured._logits[:5].isnan().any()
+
+
+def test_what_is_not_finite_stays_in_its_sample(device):
+    model = _network("bottleneck", device)
+    x = _input(model, 5)
+    clean, paths = spnet.fast_forward(model, x, impl="batch", return_paths=True)
+    x[1], x[3, 0, 16, 16] = torch.nan, torch.inf
+    got, taken = spnet.fast_forward(model, x, impl="batch", return_paths=True)
+    expected, masked = spnet.fast_forward(model, x, impl="masked", return_paths=True)
+    assert torch.equal(got[::2], clean[::2])
+    assert torch.equal(taken.decisions[::2], paths.decisions[::2])
+    assert torch.equal(taken.decisions[1::2], masked.decisions[1::2])
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert got[1].isnan().all()
+
+
+def test_input_layouts(device):
+    model = _network("bottleneck", device)
+    x, paths = _input(model, 3), _paths(model, 1, 0.5).expand(3, -1)
+    expected = spnet.fast_forward(model, x, impl="batch", paths=paths)
+    wide = x.new_full((6, 4, 33, 62), torch.nan)
+    sliced = wide[::2, 1:, 1:-1, ::2]
+    sliced.copy_(x)
+    for layout in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3), sliced):
+        assert torch.equal(spnet.fast_forward(model, layout, impl="batch", paths=paths), expected)
+
+
+def test_results_are_the_callers(device):
+    model = _network("cifar", device)
+    plan = spnet.lower(model)
+    x = _input(model, 4)
+    logits, paths = plan(x, return_paths=True, impl="batch")
+    kept_logits, kept_decisions = logits.clone(), paths.decisions.clone()
+    plan(_input(model, 4), return_paths=True, impl="batch")
+    assert torch.equal(logits, kept_logits)
+    assert torch.equal(paths.decisions, kept_decisions)
+
+
+def test_in_and_out_of_inference_mode(device):
+    model = _network("cifar", device)
+    with torch.inference_mode():
+        inside = spnet.fast_forward(model, _input(model, 3).mul_(0), impl="batch")
+    assert torch.equal(spnet.fast_forward(model, _input(model, 3).mul_(0), impl="batch"), inside)
+
+
+def test_a_changed_model_is_lowered_anew(device):
+    model = _network("basic", device)
+    x = _input(model, 3)
+    before = spnet.fast_forward(model, x, impl="batch")
+    with torch.no_grad():
+        model.features.stage1[0].body[0].weight.mul_(-1)
+        model.heads[-1].bias.add_(1)
+    assert not torch.equal(spnet.fast_forward(model, x, impl="batch"), before)
+    _assert_answers(model, x)
+
+
+def test_weights_outside_the_cpu_are_watched_by_their_versions():
+    model = _network("cifar", torch.device("meta"))
+    watch = kept._Watch(model)
+    assert watch.unchanged()
+    with torch.no_grad():
+        model.features.stage2[1].body[4].running_mean.add_(1)
+    assert not watch.unchanged()
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Batch sizes of the graphs captured on the CPU, as they come."""
+    sizes = []
+    original = graph._Captured.__init__
+
+    def count(self, layers, batch, *args):
+        sizes.append(batch)
+        original(self, layers, batch, *args)
+
+    monkeypatch.setattr(graph._Captured, "__init__", count)
+    return sizes
+
+
+def test_least_recently_used_graphs_are_dropped(device, captures):
+    model = _network("one convolution", device)
+    run = spnet.lower(model).execution("batch").run
+    for batch in (1, 2, 3, 4, 5, 8, 12, 16):
+        run(_input(model, batch), None, 0.0)
+    first = weakref.ref(next(iter(run.__self__._graphs.values())))
+    run(_input(model, 1), None, 0.0)
+    assert first() is not None
+    second = weakref.ref(next(iter(run.__self__._graphs.values())))
+    run(_input(model, 17), None, 0.0)
+    gc.collect()
+    assert first() is not None
+    assert second() is None
+    assert [key[0] for key in run.__self__._graphs] == [3, 4, 6, 8, 12, 16, 1, 24]
+    assert captures == [1, 2, 3, 4, 6, 8, 12, 16, 24]
+    run(_input(model, 6), None, 0.5)
+    assert len(captures) == 9
+    run(_input(model, 2), None, 0.0)
+    assert len(captures) == 10
+
+
+def test_several_threads_on_one_plan(device):
+    model = _network("cifar", device)
+    plan, inputs = spnet.lower(model), [_input(model, n) for n in (1, 4, 5, 6)]
+    expected = [plan(x, return_paths=True, impl="batch") for x in inputs]
+
+    def work(i: int) -> bool:
+        logits, paths = plan(inputs[i % 4], return_paths=True, impl="batch")
+        same = torch.equal(logits, expected[i % 4][0])
+        return same and torch.equal(paths.decisions, expected[i % 4][1].decisions)
+
+    with ThreadPoolExecutor(4) as executor:
+        assert all(executor.map(work, range(100)))
+
+
+def test_no_memory_for_a_graph(monkeypatch, captures):
+    model = _network("cifar", torch.device("cpu"))
+    run = Graph(spnet.lower(model).network, spnet.lower(model).weights, torch.float32).run
+    x = _input(model, 8)
+    expected = run(x[:4], None, 0.0)
+    free = OnCpu.capture
+
+    def capture(self, function, beside=None):
+        if captures[-1] == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return free(self, function, beside)
+
+    monkeypatch.setattr(OnCpu, "capture", capture)
+    with pytest.raises(torch.OutOfMemoryError, match="a batch of 8; a smaller one needs less, impl='routed' too: CUDA"):
+        run(x, None, 0.0)
+    assert captures == [4, 8, 8]  # what others held was given up first
+    assert all(map(torch.equal, run(x[:4], None, 0.0), expected))
+    monkeypatch.setattr(OnCpu, "capture", free)
+    assert torch.equal(run(x, None, 0.0)[1][:4], expected[1])
+
+
+def test_memory_of_other_graphs_is_given_up(monkeypatch, captures):
+    model = _network("cifar", torch.device("cpu"))
+    execution = Graph(spnet.lower(model).network, spnet.lower(model).weights, torch.float32)
+    free = OnCpu.capture
+
+    def capture(self, function, beside=None):
+        if beside is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return free(self, function, beside)
+
+    monkeypatch.setattr(OnCpu, "capture", capture)
+    for batch in (4, 8):
+        execution.run(_input(model, batch), None, 0.0)
+        assert [key[0] for key in execution._graphs] == [batch]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.body.__setitem__(0, nn.Conv2d(6, 6, 5, 1, 2)), r"block 0: body: expected 1x1 and 3x3 .* kernel=5"),
+        (lambda m: m.body.__setitem__(0, nn.Conv2d(6, 6, 3, 1, 1, groups=2)), "block 0: body: .* groups=2"),
+    ],
+)
+def test_convolutions_that_do_not_fit(change, message):
+    model = _network("cifar", torch.device("cpu"))
+    change(model.features.stage1[0])
+    lowered = spnet.lower(model.eval())
+    with pytest.raises(ValueError, match=message):
+        Graph(lowered.network, lowered.weights, torch.float32)
+
+
+def test_devices_that_do_not_fit(monkeypatch):
+    monkeypatch.delenv(EXPERIMENTAL, raising=False)
+    for dtype in (torch.float64, torch.int8):
+        with pytest.raises(ValueError, match=f"{dtype} on cuda:0 is neither"):
+            check_device(torch.device("cuda", 0), dtype)
+    with pytest.raises(ValueError, match="SPNET_EXPERIMENTAL_CUDA_BATCH=1 in the environment opens it"):
+        check_device(torch.device("cuda", 0), torch.float16)
+    with pytest.raises(ValueError, match="torch.float16 on cpu is neither"):
+        check_device(torch.device("cpu"), torch.float16)
+    for capability in ((7, 5), (6, 1), (3, 7)):
+        with pytest.raises(ValueError, match=f"8.0 or higher, got {capability[0]}.{capability[1]}"):
+            check_cuda(capability, True)
+    with pytest.raises(ValueError, match="needs Triton"):
+        check_cuda((9, 0), False)
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 1)):
+        check_cuda(capability, True)
