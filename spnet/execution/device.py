@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from threading import Lock
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-EXPERIMENTAL = "SPNET_EXPERIMENTAL_CUDA_BATCH"
+EXPERIMENTAL = {"walk": "SPNET_EXPERIMENTAL_CUDA_WALK", "batch": "SPNET_EXPERIMENTAL_CUDA_BATCH"}
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -25,12 +24,22 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
         raise ValueError(
             f"{dtype} on {device} is neither float32 nor bfloat16 on the CPU, nor one of these or float16 on CUDA"
         )
-    if device.type == "cuda":
-        if os.environ.get(EXPERIMENTAL) != "1":
-            raise ValueError(
-                f"batch on CUDA has not been measured on a GPU; {EXPERIMENTAL}=1 in the environment opens it"
-            )
-        check_cuda(torch.cuda.get_device_capability(device), find_spec("triton") is not None)
+    if device.type == "cuda" and not any(map(_is_open, EXPERIMENTAL)):
+        raise ValueError(" and ".join(map(_closed, EXPERIMENTAL)))
+
+
+def check_open(impl: str) -> None:
+    """Raise a ValueError unless the environment opens this execution on CUDA, where nobody has measured it."""
+    if not _is_open(impl):
+        raise ValueError(_closed(impl))
+
+
+def _is_open(impl: str) -> bool:
+    return os.environ.get(EXPERIMENTAL[impl]) == "1"
+
+
+def _closed(impl: str) -> str:
+    return f"{impl} on CUDA has not been measured on a GPU; {EXPERIMENTAL[impl]}=1 in the environment opens it"
 
 
 def check_cuda(capability: tuple[int, int], has_triton: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,22 +20,24 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from spnet.analysis.macs import BlockMacs, Macs, count_macs
 from spnet.execution.batch import Batch
-from spnet.execution.device import DTYPES, check_device
+from spnet.execution.device import DTYPES, check_cuda, check_device, check_open
 from spnet.execution.paths import Paths
 from spnet.execution.table import FORMAT_VERSION, IDENTITY, PAD, PROJECTION, Block, Convolution, Network, read_table
-from spnet.execution.walk import Walk
+from spnet.execution.walk import CudaWalk, Walk
 from spnet.models.files import write_whole
 from spnet.models.resnet import PadShortcut, SPNet
 from spnet.routing import RoutedBlock, Router
 
 
 def _graph(network: Network, weights: Tensor, dtype: torch.dtype):
+    check_open("batch")
+    check_cuda(torch.cuda.get_device_capability(weights.device), find_spec("triton") is not None)
     from spnet.execution.graph import Graph  # needs Triton
 
     return Graph(network, weights, dtype)
 
 
-_EXECUTIONS = {"cpu": {"walk": Walk, "batch": Batch}, "cuda": {"batch": _graph}}
+_EXECUTIONS = {"cpu": {"walk": Walk, "batch": Batch}, "cuda": {"walk": CudaWalk, "batch": _graph}}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES["cuda"]}
 _TENSORS = {
     "table": (torch.int64, 1),
@@ -253,9 +256,10 @@ def lower(model: nn.Module) -> Plan:
 
     Covers networks whose forward is that of :class:`spnet.models.SPNet`, in their CIFAR and ImageNet forms: a stem of
     one convolution with or without max-pooling, bodies of convolutions with BatchNorm, identity, option-A or projection
-    shortcuts; any depth, widths, groups and classes; float32 and bfloat16 on the CPU. On CUDA, where they have not been
+    shortcuts; any depth, widths, groups and classes; float32 and bfloat16 on the CPU. On CUDA, where nothing has been
     measured yet, with ``SPNET_EXPERIMENTAL_CUDA_BATCH=1`` in the environment: also float16; bodies of 1x1 and 3x3
-    convolutions of one group; compute capability 8.0 or higher. The plan runs on the model's device.
+    convolutions of one group; compute capability 8.0 or higher; with ``SPNET_EXPERIMENTAL_CUDA_WALK=1``: float16 and
+    bfloat16 networks whose maps fit shared memory. The plan runs on the model's device.
 
     Raises:
         LoweringError: a network that does not fit; the message says why.

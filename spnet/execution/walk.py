@@ -1,14 +1,16 @@
-"""``walk``: a plan run by the native core, one sample per worker thread with its feature map in cache."""
+"""``walk``: a plan run by the native core, one sample per worker with its feature map in cache or shared memory."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from spnet.execution.device import check_open
 from spnet.execution.table import Network
 from spnet.native import core
 
 _PRECISIONS = {torch.float32: core.Precision.float32, torch.bfloat16: core.Precision.bfloat16}
+_HALVES = {torch.float16: core.Dtype.float16, torch.bfloat16: core.Dtype.bfloat16}
 
 
 class Walk:
@@ -46,5 +48,50 @@ class Walk:
             logits.data_ptr(),
             decisions.data_ptr(),
             torch.get_num_threads(),
+        )
+        return logits, decisions
+
+
+class CudaWalk:
+    """The same in one launch: each thread block carries samples through the network in its shared memory.
+
+    Nothing waits for the device; runs are ordered by the caller's stream and may be captured in a CUDA graph, which
+    then needs this object as long as it lives.
+
+    Args:
+        network, weights: as for :class:`Walk`; the weights lie on the device that will run them.
+        dtype: float16 or bfloat16.
+
+    Raises:
+        ValueError: a network that the native core does not run or whose maps do not fit shared memory, another dtype,
+            a build without CUDA; or it is not opened in the environment, since no GPU has run it yet.
+    """
+
+    def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype):
+        check_open("walk")
+        if dtype not in _HALVES:
+            raise ValueError(f"walk on CUDA multiplies float16 and bfloat16, not {dtype}")
+        if core.cuda_architectures is None:
+            raise ValueError(f"this build has no CUDA kernels ({core.cuda_status})")
+        table, host = network.table(), weights.cpu()
+        tables = (table.data_ptr(), table.numel(), host.data_ptr(), host.numel())
+        self._native = core.CudaPlan(*tables, _HALVES[dtype], weights.device.index)
+        self._outputs = network.num_classes, len(network.blocks)
+
+    def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+        """As :meth:`Walk.run`, on the device of the weights."""
+        batch, (classes, blocks) = len(x), self._outputs
+        paths = None if paths is None else paths.contiguous()
+        logits = torch.empty(batch, classes, device=x.device)
+        decisions = torch.empty(batch, blocks, dtype=torch.bool, device=x.device)
+        self._native.run(
+            x.data_ptr(),
+            batch,
+            *x.stride(),
+            0 if paths is None else paths.data_ptr(),
+            threshold,
+            logits.data_ptr(),
+            decisions.data_ptr(),
+            torch.cuda.current_stream(x.device).cuda_stream,
         )
         return logits, decisions

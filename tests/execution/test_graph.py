@@ -12,7 +12,7 @@ from torch import nn
 import spnet
 from spnet.execution import device as device_module
 from spnet.execution import graph, kept, plan
-from spnet.execution.device import EXPERIMENTAL, OnCpu, check_cuda, check_device
+from spnet.execution.device import EXPERIMENTAL, OnCpu, check_cuda, check_device, check_open
 from spnet.execution.graph import Graph, bucket
 from spnet.routing import routed_blocks
 from tests.conftest import margins, settle
@@ -35,11 +35,12 @@ RATES = [0.0, 0.5, 1.0]
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """Where ``batch`` runs in one graph; float32 products are exact."""
+    monkeypatch.setenv(EXPERIMENTAL["batch"], "1")
     if request.param == "cpu":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setitem(plan._EXECUTIONS, "cpu", {"batch": plan._graph})
         monkeypatch.setitem(device_module.DTYPES, "cpu", device_module.DTYPES["cuda"])
     else:
-        monkeypatch.setenv(EXPERIMENTAL, "1")
         monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     return torch.device(request.param)
 
@@ -247,15 +248,6 @@ def test_a_changed_model_is_lowered_anew(device):
     _assert_answers(model, x)
 
 
-def test_weights_outside_the_cpu_are_watched_by_their_versions():
-    model = _network("cifar", torch.device("meta"))
-    watch = kept._Watch(model)
-    assert watch.unchanged()
-    with torch.no_grad():
-        model.features.stage2[1].body[4].running_mean.add_(1)
-    assert not watch.unchanged()
-
-
 @pytest.fixture
 def captures(monkeypatch):
     """Batch sizes of the graphs captured on the CPU, as they come."""
@@ -358,12 +350,20 @@ def test_convolutions_that_do_not_fit(change, message):
 
 
 def test_devices_that_do_not_fit(monkeypatch):
-    monkeypatch.delenv(EXPERIMENTAL, raising=False)
+    for variable in EXPERIMENTAL.values():
+        monkeypatch.delenv(variable, raising=False)
     for dtype in (torch.float64, torch.int8):
         with pytest.raises(ValueError, match=f"{dtype} on cuda:0 is neither"):
             check_device(torch.device("cuda", 0), dtype)
-    with pytest.raises(ValueError, match="SPNET_EXPERIMENTAL_CUDA_BATCH=1 in the environment opens it"):
+    for impl, variable in EXPERIMENTAL.items():
+        with pytest.raises(ValueError, match=f"{variable}=1 in the environment opens it"):
+            check_device(torch.device("cuda", 0), torch.float16)
+        with pytest.raises(ValueError, match=f"^{impl} on CUDA .* {variable}=1 in the environment opens it"):
+            check_open(impl)
+        monkeypatch.setenv(variable, "1")
         check_device(torch.device("cuda", 0), torch.float16)
+        check_open(impl)
+        monkeypatch.delenv(variable)
     with pytest.raises(ValueError, match="torch.float16 on cpu is neither"):
         check_device(torch.device("cpu"), torch.float16)
     for capability in ((7, 5), (6, 1), (3, 7)):

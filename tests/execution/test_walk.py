@@ -1,7 +1,9 @@
 """``walk`` against ``masked`` by the contract of equality, in any number of threads."""
 
 import copy
+import math
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import spnet
+from spnet.execution.walk import CudaWalk
 from spnet.native import core
 from tests.conftest import margins, settle
 
@@ -98,3 +101,55 @@ def test_many_threads_on_one_plan_and_on_several(network):
     for t in threads:
         t.join()
     assert not failures
+
+
+class _EmulatedCudaPlan:
+    """``core.CudaPlan`` on the host."""
+
+    def __init__(self, *arguments):
+        *tables, device = arguments
+        assert device is None  # of a tensor on the CPU
+        self._plan = core.EmulatedCudaPlan(*tables, 232448)
+
+    def run(self, *arguments):
+        *work, stream = arguments
+        assert stream == 7
+        self._plan.run(*work, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cuda_walk_by_its_emulation(monkeypatch, dtype):
+    monkeypatch.setattr(core, "CudaPlan", _EmulatedCudaPlan, raising=False)
+    monkeypatch.setattr(core, "cuda_architectures", "sm_90")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    model = settle(spnet.models.SPNet([2, 1], [8, 12], num_classes=5, input_size=9)).to(dtype)
+    plan, x, paths = spnet.lower(copy.deepcopy(model).float()), _input(model, 5), torch.rand(5, 6)[:, ::2] < 0.5
+    truth = spnet.fast_forward(copy.deepcopy(model).double(), x.to(dtype).double(), impl="masked", paths=paths)
+    masked = spnet.fast_forward(model, x.to(dtype), impl="masked", paths=paths)
+    with pytest.raises(ValueError, match="SPNET_EXPERIMENTAL_CUDA_WALK=1 in the environment opens it"):
+        CudaWalk(plan.network, plan.weights, dtype)
+    monkeypatch.setenv("SPNET_EXPERIMENTAL_CUDA_WALK", "1")
+    with pytest.raises(ValueError, match="float16 and bfloat16, not torch.float32"):
+        CudaWalk(plan.network, plan.weights, torch.float32)
+    walk = CudaWalk(plan.network, plan.weights, dtype)
+    logits, decisions = walk.run(x.to(dtype), paths, 0.0)
+    assert torch.equal(decisions, paths)
+    rounding = torch.finfo(dtype).eps * truth.abs().max()
+    assert (logits.double() - truth).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
+    assert not walk.run(x.to(dtype), None, math.inf)[1].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_walk_on_a_gpu(monkeypatch, dtype):
+    monkeypatch.setenv("SPNET_EXPERIMENTAL_CUDA_WALK", "1")
+    model = settle(spnet.create_model("resnet20_cifar")).to("cuda", dtype)
+    x, paths = torch.randn(300, 3, 32, 32).to("cuda", dtype), (torch.rand(300, 9) < 0.5).cuda()
+    exact = copy.deepcopy(model).double()
+    truth = spnet.fast_forward(exact, x.double(), impl="masked", paths=paths)
+    masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
+    walked, taken = spnet.fast_forward(model, x, impl="walk", paths=paths, return_paths=True)
+    assert torch.equal(taken.decisions, paths)
+    rounding = torch.finfo(dtype).eps * truth.abs().max()
+    assert (walked.double() - truth).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
+    assert torch.equal(spnet.fast_forward(model, x, impl="walk"), spnet.fast_forward(model, x, impl="walk"))
