@@ -8,6 +8,7 @@ from spnet.execution.calibrate import calibrate
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan, load_plan, lower
 from spnet.models import SPNet, SPNetOutput, create_model, list_models
+from spnet.models.convert import convert, forward_training
 from spnet.models.files import load_model, save_model
 from spnet.models.official import load_official
 from spnet.native import build_info
@@ -31,9 +32,11 @@ __all__ = [
     "SPNetOutput",
     "build_info",
     "calibrate",
+    "convert",
     "create_model",
     "explain",
     "fast_forward",
+    "forward_training",
     "list_models",
     "load_model",
     "load_plan",
