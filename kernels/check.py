@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from spnet.kernels import tiling, workload
 from spnet.kernels.library import Launch
 
-SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # per block, opt-in
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -105,8 +105,8 @@ def complaints(name: str, report: Report, architecture: str) -> list[str]:
     found = []
     if report.spilled_bytes:
         found.append(f"spills {report.spilled_bytes} bytes")
-    if report.shared_bytes > SHARED_BYTES[architecture]:
-        found.append(f"needs {report.shared_bytes} bytes of shared memory, has {SHARED_BYTES[architecture]}")
+    if report.shared_bytes > tiling.SHARED_BYTES[architecture]:
+        found.append(f"needs {report.shared_bytes} bytes of shared memory, has {tiling.SHARED_BYTES[architecture]}")
     halves = name.startswith(("conv float16", "conv bfloat16"))
     if architecture == "sm_90" and halves and "wgmma.mma_async" not in report.instructions:
         found.append("has no wgmma")
@@ -120,7 +120,14 @@ def _compile(job: tuple[str, str, bool]) -> Report:
 
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True, help="A part that takes seconds.")
-@click.option("--arch", "architectures", multiple=True, default=tuple(SHARED_BYTES), show_default=True)
+@click.option(
+    "--arch",
+    "architectures",
+    multiple=True,
+    type=click.Choice(tuple(tiling.SHARED_BYTES)),
+    default=ARCHITECTURES,
+    show_default=True,
+)
 @click.option("--jobs", default=os.cpu_count(), show_default=True, help="Processes.")
 def main(quick: bool, architectures: tuple[str, ...], jobs: int) -> None:
     if triton.knobs.runtime.interpret:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 
 TABLES = Path(__file__).parent / "tiles"
-_MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+_MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148}
 
 
 class Tile(NamedTuple):
@@ -64,7 +65,7 @@ def rule(architecture: str, shape: Shape) -> Tile:
     exact = shape.dtype == "float32"
     block_m = 64 if exact else 128
     block_n = min(64 if exact else 128, max(16, power_of_two(shape.cout)))
-    wide = halves and architecture != "sm_80"  # there, operands pass through registers
+    wide = halves and architecture in ("sm_90", "sm_100")  # elsewhere operands pass through registers
     block_k = min(64 if wide else 32, max(16, power_of_two(shape.cin)))
     multiprocessors = _MULTIPROCESSORS.get(architecture, 108)
 
@@ -78,7 +79,11 @@ def rule(architecture: str, shape: Shape) -> Tile:
     if exact:
         block_k = min(block_k, max(16, block_n // 2))  # more would spill
     warps = 8 if block_m * block_n >= 128 * 128 else 4
-    return Tile(block_m, block_n, block_k, 8, warps, 4 if halves else 3, 1 if warps == 8 else 2)
+    programs_per_sm = 1 if warps == 8 else 2
+    itemsize = 2 if halves else 4
+    room = SHARED_BYTES.get(architecture, 99 << 10) // programs_per_sm - block_m * block_n * itemsize
+    stages = max(2, min(4, room // ((block_m + block_n) * block_k * itemsize)))
+    return Tile(block_m, block_n, block_k, 8, warps, stages, programs_per_sm)
 
 
 def architecture(device: torch.device) -> str:

@@ -8,7 +8,7 @@ from spnet.kernels import parts, pool, pool_, route, route_, slabs
 from .poison import assert_guards, guarded, listed
 
 EPS = torch.finfo(torch.float32).eps
-MAPS = [(7, 7, 40), (1, 1, 5), (16, 16, 16), (19, 15, 72)]
+MAPS = [(7, 7, 40), (1, 1, 5), (16, 16, 16), (19, 15, 200)]
 
 
 def summed(x, device, index=None, count=None, by_kernel=True):

@@ -29,16 +29,17 @@ def test_a_measured_tile_comes_before_the_rule(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", workload.DTYPES)
+@pytest.mark.parametrize("architecture", [*tiling.SHARED_BYTES, "sm_75"])
 @pytest.mark.parametrize("batch", [1, 32, 1024])
-def test_the_rule_gives_tiles_that_fit(dtype, batch):
+def test_the_rule_gives_tiles_that_fit(dtype, batch, architecture):
     for network in workload.NETWORKS:
         for conv in workload.convolutions(network):
-            tile = tiling.rule("sm_90", conv.shape(dtype, batch))
+            tile = tiling.rule(architecture, conv.shape(dtype, batch))
             assert all(n & (n - 1) == 0 for n in (tile.block_m, tile.block_n, tile.block_k, tile.warps))
             assert min(tile.block_m, tile.block_n, tile.block_k) >= 16
             itemsize = workload.torch_dtype(dtype).itemsize
             stages = (tile.block_m + tile.block_n) * tile.block_k * itemsize * tile.stages
-            assert stages * tile.programs_per_sm <= check.SHARED_BYTES["sm_90"]
+            assert stages * tile.programs_per_sm <= tiling.SHARED_BYTES.get(architecture, 99 << 10)
 
 
 def test_convolutions_of_resnet50():
