@@ -181,16 +181,22 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     model = getattr(model, "_orig_mod", model)
     scan = _scan(model)
     _check_input(model, scan.weight, x)
+    choices: tuple[str, ...] = ("routed",) * len(scan.blocks)
     try:
         plan = plan_of(model)
         impl, reason = plan.impl, "native code carries each sample through all blocks, one sample per thread"
         if plan.impl == "batch":
             how = "one CUDA graph of kernels" if plan.device.type == "cuda" else "fused operators"
-            reason = f"{how} on the samples routed to each body; walk does not fit: {plan.reason}"
+            choices, reason = (
+                plan.choices,
+                f"{how} on the samples routed to each body; walk does not fit: {plan.reason}",
+            )
     except LoweringError as e:
         impl, reason = "routed", f"gathers the samples routed to each body; walk and batch do not fit: {e}"
 
-    def skipped(block: RoutedBlock) -> str:
+    def skipped(block: RoutedBlock, choice: str) -> str:
+        if choice == "dense":
+            return "computed with all others, which calibration found to be faster"
         if type(block.shortcut) is not nn.Identity:
             return f"shortcut {type(block.shortcut).__name__} computed for every sample"
         if impl == "walk":
@@ -204,4 +210,5 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             return "copied: not a child of a RoutedSequential, so others may hold its input" + router
         return "untouched" + router
 
-    return Explanation(impl, reason, {name: skipped(block) for name, block in scan.blocks.items()})
+    named = zip(scan.blocks.items(), choices, strict=True)
+    return Explanation(impl, reason, {name: skipped(block, choice) for (name, block), choice in named})

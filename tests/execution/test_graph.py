@@ -373,3 +373,124 @@ def test_devices_that_do_not_fit(monkeypatch):
         check_cuda((9, 0), False)
     for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 1)):
         check_cuda(capability, True)
+
+
+gpu = pytest.mark.gpu
+on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)], indirect=True)
+
+
+@on_gpu
+def test_nothing_waits(device):
+    model = _network("basic", device)
+    x, paths = _input(model, 5), _paths(model, 5, 0.5)
+    calls = [
+        lambda: spnet.fast_forward(model, x, impl="batch", return_paths=True),
+        lambda: spnet.fast_forward(model, x, impl="batch", threshold=0.5),
+        lambda: spnet.fast_forward(model, x, impl="batch", paths=paths, return_paths=True),
+    ]
+    expected = [call() for call in calls]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = [call() for call in calls]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got[0][0], expected[0][0])
+    assert torch.equal(got[1], expected[1])
+    assert torch.equal(got[2][1].macs, expected[2][1].macs)
+
+
+@on_gpu
+def test_several_streams_on_one_plan(device):
+    model = _network("bottleneck", device)
+    plan, inputs = spnet.lower(model), [_input(model, n) for n in (5, 6, 5, 6)]
+    expected = [plan(x) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    got = [[] for _ in inputs]
+    for _ in range(50):
+        for x, stream, results in zip(inputs, streams, got, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(plan(x))
+    torch.cuda.synchronize()
+    for results, logits in zip(got, expected, strict=True):
+        assert all(torch.equal(result, logits) for result in results)
+
+
+@on_gpu
+def test_memory(device):
+    """A plan and its graph take at most 15 % more than the dense model at its peak, and give it back."""
+
+    def reserved() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    x = torch.randn(32, 3, 224, 224, device=device, dtype=torch.float16)
+    model = settle(spnet.create_model("resnet50")).to(device, torch.float16)
+    spnet.lower(model)(x[:1])  # libraries take their memory once
+    everything = torch.ones(len(x), 16, dtype=torch.bool, device=device)
+    gc.collect()
+    weights = sum(t.nbytes for t in model.state_dict().values())
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    spnet.fast_forward(model, x, impl="masked", paths=everything)
+    dense = torch.cuda.max_memory_allocated() - before + weights
+    before = reserved()
+    plan = spnet.lower(model)
+    plan(x)
+    plan(x, paths=everything)
+    taken = reserved() - before
+    assert taken <= 1.15 * dense
+    del plan
+    assert reserved() - before <= 0.1 * taken
+
+
+@on_gpu
+def test_calibrate_on_a_gpu(device):
+    model = _network("bottleneck", device)
+    found = spnet.calibrate(model, [_input(model, 8), _input(model, 5)])
+    assert found.rates.shape == (4,)
+    _assert_answers(model, _input(model, 8))
+
+
+@on_gpu
+def test_a_plan_moves_between_devices(device, tmp_path):
+    model = _network("basic", device)
+    x = _input(model, 3)
+    plan = spnet.lower(model)
+    assert plan.device == x.device
+    plan.save(tmp_path / "plan")
+    expected = plan(x)
+    assert torch.equal(spnet.load_plan(tmp_path / "plan", device="cuda")(x), expected)
+    _assert_close(spnet.load_plan(tmp_path / "plan")(x.cpu()), expected.cpu())
+    with pytest.raises(ValueError, match=r"x: expected torch.float32 .* on cuda:0, got .* on cpu"):
+        plan(x.cpu())
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_closed_unless_asked_for(monkeypatch, dtype):
+    monkeypatch.delenv(EXPERIMENTAL, raising=False)
+    model = _network("basic", torch.device("cuda")).to(dtype)
+    x = _input(model, 2)
+    assert spnet.explain(model, x).impl == "routed"
+    spnet.fast_forward(model, x)
+    with pytest.raises(ValueError, match=f"impl: 'batch' does not fit this model: .*{EXPERIMENTAL}=1"):
+        spnet.fast_forward(model, x, impl="batch")
+
+
+@gpu
+def test_tf32_is_multiplied_where_cudnn_may(monkeypatch):
+    monkeypatch.setenv(EXPERIMENTAL, "1")
+    model = _network("bottleneck", torch.device("cuda"))
+    x, paths = _input(model, 5), _paths(model, 5, 0.5)
+    truth = spnet.fast_forward(copy.deepcopy(model).double(), x.double(), impl="masked", paths=paths)
+    errors = {}
+    for precision in ("tf32", "ieee"):
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+        masked, got = (spnet.fast_forward(model, x, impl=impl, paths=paths) for impl in ("masked", "batch"))
+        errors[precision] = (got - truth).abs().max()
+        rounding = 2.0**-10 if precision == "tf32" else 1e-5
+        assert errors[precision] <= 2 * (masked - truth).abs().max() + rounding * truth.abs().max()
+    assert errors["ieee"] < errors["tf32"]
