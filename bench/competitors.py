@@ -79,13 +79,16 @@ def _folded(module: nn.Module) -> nn.Module:
     return module
 
 
-def competitors(model: nn.Module, batch: int, dtype: torch.dtype) -> tuple[dict[str, Competitor], dict[str, str]]:
-    """Set up every rival for batches of one size.
+def competitors(
+    model: nn.Module, batch: int, dtype: torch.dtype, only: tuple[str, ...] | None = None
+) -> tuple[dict[str, Competitor], dict[str, str]]:
+    """Set up every rival for batches of one size, on the model's device.
 
     Args:
-        model: an SPNet of the CIFAR form in evaluation mode, of ``dtype``, on the CPU.
+        model: an SPNet of the CIFAR form in evaluation mode, of ``dtype``.
         batch: B.
-        dtype: float32 or bfloat16.
+        dtype: float32 or bfloat16; on CUDA also float16.
+        only: names of the rivals to set up; all by default.
 
     Returns:
         (rivals by name, why the absent ones are absent by name).
@@ -105,6 +108,8 @@ def competitors(model: nn.Module, batch: int, dtype: torch.dtype) -> tuple[dict[
         "onnxruntime": (_onnxruntime, True),
         "onnxruntime dense": (_onnxruntime, False),
     }
+    if only is not None:
+        found, makers = ({name: each[name] for name in each if name in only} for each in (found, makers))
     for name, (make, masked) in makers.items():
         try:
             found[name] = Competitor(make(model, batch, dtype, masked), "masked" if masked else "dense")
@@ -117,13 +122,17 @@ def competitors(model: nn.Module, batch: int, dtype: torch.dtype) -> tuple[dict[
 _HALF = {"resnet110_cifar": "resnet56_cifar"}
 
 
-def static_of_half_the_cost(name: str, batch: int, dtype: torch.dtype) -> dict[str, Competitor]:
+def static_of_half_the_cost(
+    name: str, batch: int, dtype: torch.dtype, only: tuple[str, ...] | None = None
+) -> dict[str, Competitor]:
     """The static network that a user could deploy instead of skipping half of ``name``, by the compiled engines."""
     if name not in _HALF:
         return {}
-    model = spnet.create_model(_HALF[name]).eval().to(dtype)
+    model = spnet.create_model(_HALF[name]).eval().to("cuda" if torch.cuda.is_available() else "cpu", dtype)
     found = {}
     for engine, make in {"compile": _compiled, "openvino": _openvino}.items():
+        if only is not None and engine not in only:
+            continue
         try:
             found[f"{engine} {_HALF[name]}"] = Competitor(make(model, batch, dtype, False), "static")
         except Absent:
@@ -173,7 +182,8 @@ def _compiled(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) ->
     """torch.compile with the weights frozen into the graph, which lets Inductor pack them for oneDNN."""
     network = FoldedNetwork(model, dtype).eval()
     # Masks are inputs of their own: as slices of one tensor each would make Inductor build another C++ kernel.
-    compiled = torch.compile(network.run, dynamic=False, fullgraph=True, options={"freezing": True})
+    options = {"freezing": True, "triton.cudagraphs": _device(model).type == "cuda"}
+    compiled = torch.compile(network.run, dynamic=False, fullgraph=True, options=options)
 
     def run(*inputs: Tensor) -> Tensor:
         with torch.no_grad():
@@ -191,13 +201,23 @@ def _compiled(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) ->
 
 
 def _example(model: nn.Module, batch: int, masked: bool) -> tuple[Tensor, ...]:
-    x = torch.randn(batch, model.in_channels, model.input_size, model.input_size)
-    return (x, torch.ones(batch, len(routed_blocks(model)))) if masked else (x,)
+    x = torch.randn(batch, model.in_channels, model.input_size, model.input_size, device=_device(model))
+    return (x, x.new_ones(batch, len(routed_blocks(model)))) if masked else (x,)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _check_cpu(model: nn.Module) -> None:
+    if _device(model).type != "cpu":
+        raise Absent("set up for the CPU only")
 
 
 def _openvino(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) -> Bind:
     """OpenVINO, the fastest of: one request under the latency hint; one under the throughput hint; the batch split
     over one stream for each thread."""
+    _check_cpu(model)
     try:
         import openvino
     except ImportError:
@@ -252,6 +272,7 @@ def _requests(compiled, count: int, masked: bool) -> Bind:
 
 
 def _onnxruntime(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) -> Bind:
+    _check_cpu(model)
     if dtype != torch.float32:
         raise Absent("its CPU kernels are float32 only")
     try:

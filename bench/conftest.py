@@ -10,6 +10,9 @@ _LINES = pytest.StashKey[list[str]]()
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="benchmarks: every cell, not only those of ten minutes")
+    parser.addoption(
+        "--rivals", type=lambda names: tuple(names.split(",")), help="benchmarks: only these, comma-separated"
+    )
 
 
 def pytest_configure(config):
