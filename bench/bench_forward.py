@@ -103,7 +103,8 @@ class Check:
     """Compares logits with the masked network in float64.
 
     float32 agrees to 1e-4 on the CPU; else an error may be twice that of the masked network run in the same dtype (by
-    TF32, where the GPU multiplies so), plus one rounding. The masked network's error is taken over all samples given: one sample's may be small by luck.
+    TF32, where the GPU multiplies so), plus one rounding. The masked network's error is taken over all samples given:
+    one sample's may be small by luck.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, seed: int, samples: int, executed: float):

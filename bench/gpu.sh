@@ -9,7 +9,7 @@ mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python}
-export SPNET_EXPERIMENTAL_CUDA=1 SPNET_EXPERIMENTAL_CUDA_BATCH=1
+export SPNET_EXPERIMENTAL_CUDA=1 SPNET_EXPERIMENTAL_CUDA_BATCH=1 SPNET_EXPERIMENTAL_CUDA_WALK=1
 : >"$out/summary.txt"
 failed=0
 
@@ -26,6 +26,7 @@ step build 80 "$python" -m pip install -v -e . --no-build-isolation --no-deps
 step report 20 bash -c 'nvidia-smi; "$0" -m torch.utils.collect_env; "$0" -c "import spnet; print(spnet.build_info())"' \
   "$python"
 step tests 120 "$python" -m pytest -m gpu tests
+step native 60 "$python" -m pytest tests/test_cuda_walk.py tests/test_native.py -k cuda
 step kernels 60 "$python" -m pytest tests/kernels
 # Eager rivals only: to compile the others takes longer than all of this. `spnet bench --full` has them.
 step bench 120 "$python" -m pytest bench/bench_forward.py --full --benchmark-only \
@@ -34,8 +35,9 @@ step bench 120 "$python" -m pytest bench/bench_forward.py --full --benchmark-onl
 step table 10 "$python" -c "from spnet.analysis import benchmarks as b
 b.write(b.collect('$out/benchmark.json', 'bench/gpu.sh'), '$out', 'gpu')"
 small='tests/execution/test_graph.py::test_forced_paths[cuda-bottleneck]'
-step memcheck 45 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m pytest "$small"
-step racecheck 45 compute-sanitizer --tool racecheck --error-exitcode 1 "$python" -m pytest "$small"
+walk='tests/execution/test_walk.py::test_walk_on_a_gpu'
+step memcheck 45 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m pytest "$small" "$walk"
+step racecheck 45 compute-sanitizer --tool racecheck --error-exitcode 1 "$python" -m pytest "$small" "$walk"
 step tune 60 "$python" -m spnet.kernels.tune --network resnet50 --dtype float16 --batch 32
 cp kernels/tiles/*.json "$out" 2>/dev/null
 exit $failed
