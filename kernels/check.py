@@ -10,6 +10,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 import click
@@ -80,13 +81,14 @@ def cases(architecture: str, quick: bool) -> dict[str, Launch]:
     float16, one network and one batch size.
     """
     meta = torch.device("meta")
-    found, seen = dict(workload.small_launches(meta)), set()
+    batches, seen = (32,) if quick else workload.BATCHES, set()
+    found = dict(chain.from_iterable(workload.small_launches(batch, meta) for batch in batches))
     for dtype in ("float16",) if quick else workload.DTYPES:
         if dtype == "bfloat16" and architecture != "sm_90":
             continue
         for network in ("resnet50",) if quick else workload.NETWORKS:
             for conv in workload.convolutions(network):
-                for batch in (32,) if quick else workload.BATCHES:
+                for batch in batches:
                     shape = conv.shape(dtype, batch)
                     tile = tiling.choose(architecture, shape)
                     even = shape.cin % tile.block_k == 0, conv.cout % tile.block_n == 0

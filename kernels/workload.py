@@ -11,7 +11,7 @@ from spnet.kernels import compact, conv, pool, route, stem, tiling
 from spnet.kernels.library import Launch
 
 NETWORKS = ("resnet18", "resnet50", "resnet110_cifar")
-BATCHES = (1, 8, 32)
+BATCHES = (1, 8, 32)  # 1 and multiples of 16 are specialised by Triton's compiler
 DTYPES = ("float16", "bfloat16", "tf32", "float32")
 
 
@@ -84,23 +84,24 @@ def convolutions(network: str) -> list[Conv]:
     return list(dict.fromkeys(found))
 
 
-def small_launches(device: torch.device) -> Iterator[tuple[str, Launch]]:
+def small_launches(batch: int, device: torch.device) -> Iterator[tuple[str, Launch]]:
     """The launches that no tile is chosen for, each in the forms that a ResNet-50 needs."""
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    batch, width = 32, 128
+    width = 128
     index, count = new(batch, dtype=torch.int32), new(1, dtype=torch.int32)
     decisions, scalar = new(batch, 16, dtype=torch.bool)[:, 0], new(1)
     margins = new(batch, route.parts(width))
-    yield "compact", compact.launch(index, count, decisions)
-    yield "decide", compact.launch(index, count, decisions, margins, scalar, scalar)
+    yield f"compact batch {batch}", compact.launch(index, count, decisions)
+    yield f"decide batch {batch}", compact.launch(index, count, decisions, margins, scalar, scalar)
     for size, channels in ((56, 256), (7, 2048)):
         sums = new(batch, pool.slabs(size * size), channels)
         router = new(width, channels), new(width), new(width)
-        yield f"route {size}x{size}", route.launch(margins, sums, size * size, *router)
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        yield f"route {size}x{size} batch {batch}", route.launch(margins, sums, size * size, *router)
+        for dtype in (torch.float16, torch.float32):
             x = new(batch, size, size, channels, dtype=dtype)
-            name = f"pool {size}x{size} {str(dtype).removeprefix('torch.')}"
+            name = f"pool {size}x{size} {str(dtype).removeprefix('torch.')} batch {batch}"
             yield name, pool.launch(sums, x, index, count)
+            yield f"{name} dense", pool.launch(sums, x, None, None)
