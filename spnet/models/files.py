@@ -52,7 +52,7 @@ def save_model(model: SPNet, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
     description = json.dumps({"model": model.config, "data": model.data}, indent=2) + "\n"
-    write_whole(folder / WEIGHTS, save(weights))
+    write_whole(folder / WEIGHTS, save(weights, {"format": "pt"}))  # the framework, as readers of the Hub expect
     write_whole(folder / CONFIG, description.encode())
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -151,6 +152,35 @@ class SPNet(nn.Module):
             return self._forward_training(x)
         x = self.features(x)
         return self.heads[-1](Router.pool(x).to(x.dtype))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder as the Hugging Face Hub has them: that of :func:`spnet.save_model`, and a model card.
+
+        The card (README.md) is made from the network: architecture, data, classes, cost, how to run it.
+
+        Args and errors as in :func:`spnet.save_model`.
+        """
+        from spnet.models.hub import save_pretrained  # it builds networks, so it imports this file
+
+        save_pretrained(self, folder)
+
+    @staticmethod
+    def from_pretrained(folder_or_repo_id: str | Path, *, revision: str | None = None) -> SPNet:
+        """Read a model folder, or a repository of the Hugging Face Hub: in evaluation mode, float32, on the CPU.
+
+        Args:
+            folder_or_repo_id: a folder, which is read without any network connection; else "owner/name", which
+                ``huggingface_hub`` downloads or finds in its cache.
+            revision: branch, tag or commit of the repository.
+
+        Raises:
+            FileNotFoundError: neither a folder nor the name of a repository, or a folder without its files.
+            ImportError: a repository is named, but huggingface_hub is not installed.
+            ValueError: as :func:`spnet.load_model`. Errors of the download are those of huggingface_hub.
+        """
+        from spnet.models.hub import from_pretrained
+
+        return from_pretrained(folder_or_repo_id, revision)
 
     def _forward_training(self, x: Tensor) -> SPNetOutput:
         x = self.features.stem(x)

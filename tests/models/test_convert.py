@@ -115,8 +115,9 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.convs[0](x)
-        a, b = y.chunk(2, 1)
-        y = self.convs[1](torch.cat([F.gelu(a), b], 1)).mul(self.gamma)
+        halves = y.chunk(2, 1)
+        _ = halves[0]  # read for nothing, as some published blocks do
+        y = self.convs[1](torch.cat([F.gelu(halves[0]), halves[1]], 1)).mul(self.gamma)
         return torch.add(y, self.project(self.pool(x)))
 
 
@@ -251,6 +252,12 @@ def test_training_gives_what_the_losses_read(block, x):
     assert not missing
 
 
+def test_training_updates_every_statistic_once(block, x):
+    model = spnet.convert(Network(block))
+    spnet.forward_training(model, x)
+    assert all(m.num_batches_tracked == 1 for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d))
+
+
 def test_training_forward_is_straight_through(x):
     model = spnet.convert(Network(Basic))
     output = spnet.forward_training(model, x)
@@ -303,6 +310,45 @@ def test_lines_in_lines(x):
     assert torch.equal(model(x), expected)
     assert list(spnet.explain(model, x).blocks.values()) == ["untouched"] * 3
     assert type(model) is type(model[2]) is spnet.RoutedSequential
+
+
+class Backwards(Line):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in reversed(list(self.children())):
+            x = block(x)
+        return x
+
+
+def test_only_lines_become_lines(x):
+    for outer in (Line, Backwards):  # a network keeps its class, and a stage of another order its forward
+        original = outer(*(Basic(3, 3, 1) for _ in range(2)))
+        original.stage = Backwards(*(Basic(3, 3, 1) for _ in range(2)))
+        expected = settle(original)(x)
+        model = spnet.convert(original)
+        assert torch.equal(model(x), expected)
+        assert (type(model), type(model.stage)) == (outer, Backwards)
+        assert len(routed_blocks(model)) == 4
+
+
+class Halves(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels // 2, channels, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.chunk(2, 1)[0])
+
+
+def test_body_that_takes_half_of_the_channels(x):
+    model = Network(Basic)
+    model.layer1[0].conv1 = Halves(8)
+    expected = settle(model)(x)
+    assert torch.equal(spnet.convert(model)(x), expected)
+
+
+def test_relu_by_function_is_one_that_routed_knows():
+    block = spnet.convert(Network(Functional)).layer1[0]
+    assert type(block.activation) is type(block.body.relu) is nn.ReLU
 
 
 def test_where_chooses(x):
@@ -369,6 +415,10 @@ def _hook(model, block):
     block.register_forward_hook(lambda m, i, y: None)
 
 
+def _pre_hook(model, block):
+    block.register_forward_pre_hook(lambda m, i: None)
+
+
 @pytest.mark.parametrize(
     ("forward", "prepare", "why"),
     [
@@ -381,6 +431,7 @@ def _hook(model, block):
         (None, _nest, "contains block 'layer1.1.conv2'"),
         (None, _repeat, "also stands at 'layer1.2'"),
         (None, _hook, "has a hook"),
+        (None, _pre_hook, "has a hook"),
     ],
 )
 def test_blocks_that_cannot_be_routed(forward, prepare, why):
