@@ -19,7 +19,7 @@ from spnet.analysis.pictures import write_pictures
 from spnet.api import IMPLEMENTATIONS
 from spnet.demo import run_demo
 from spnet.models.files import CONFIG
-from spnet.training import TrainConfig, Trainer, evaluate
+from spnet.training import TrainConfig, Trainer, distributed, evaluate
 from spnet.training.data import DATASETS, Loader, load_dataset, make_loader
 
 
@@ -29,7 +29,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
-        except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError) as e:
+        except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError, ConnectionError) as e:
             raise click.ClickException(str(e)) from e
 
 
@@ -110,14 +110,24 @@ def train(preset: str, file: str | None, resume: bool, **settings) -> None:
       spnet train --data fashion-mnist --model resnet20_cifar --init runs/static/best \\
                   --epochs 6 --milestones 4,5 --target-rate 0.6 --out runs/spnet
       spnet eval runs/spnet/best
+
+    \b
+    Example: eight GPUs; --batch-size is that of all, and a rank's death costs the steps since the last checkpoint
+      torchrun --nproc-per-node 8 --max-restarts 3 -m spnet train --preset imagenet --device cuda \\
+               --data-root imagenet --out runs/imagenet
     """
     settings = {k: v for k, v in settings.items() if v is not None}
     if file is not None:
         config = dataclasses.replace(TrainConfig.load(file), **settings)
     else:
         config = TrainConfig.preset(preset, **settings)
-    result = Trainer(config).fit(resume=resume)
-    click.echo(_describe(result))
+    with distributed.job(config.device):
+        # After a rank's death torchrun starts all of them again, by the same command.
+        restarted = distributed.restarted()
+        resume = resume or (restarted and (Path(config.out) / "last").exists())
+        result = Trainer(config).fit(resume=resume)
+        if distributed.rank() == 0:
+            click.echo(_describe(result))
 
 
 def _describe(e: spnet.training.Evaluation) -> str:

@@ -25,7 +25,7 @@ class TrainConfig:
     static: bool = False  # train the static network: no routers, cross-entropy of the heads only
     init: str | None = None  # model folder or safetensors file of a static network to start from
     epochs: int = 350
-    batch_size: int = 128
+    batch_size: int = 128  # images per step, of all ranks and micro-batches together
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -43,6 +43,9 @@ class TrainConfig:
     evolution: str = "within"  # within or across stages
     pairing: str = "final"  # L_logits: final or equal
     amp: bool = True  # automatic mixed precision where the device has it
+    compile: bool = False  # torch.compile of the training forwards
+    accumulate: int = 1  # micro-batches per step; BatchNorm and the rates of L_act are those of a micro-batch
+    sync_batchnorm: bool = False  # BatchNorm over the samples of all ranks, not of each
     device: str = "cpu"
     seed: int = 0
     log_every: int = 50  # steps
@@ -52,7 +55,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("milestones", "stage_weights"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("epochs", "batch_size", "log_every", "checkpoint_every"):
+        for name in ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("target_rate", "auxiliary_momentum", "momentum"):

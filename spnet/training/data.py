@@ -27,12 +27,14 @@ def make_loader(
     seed: int = 0,
     train: bool | None = None,
     workers: int = 4,
+    shard: tuple[int, int] = (0, 1),
 ) -> Loader | FolderLoader:
     """The loader of any data set in `DATASETS`.
 
     Args:
         train: shuffle, augment and drop a last batch that is not full. Default: split == "train".
         workers: decoding processes for "imagefolder"; the other sets need none.
+        shard: (rank, number of ranks): yield only this rank's part of every batch.
 
     Returns:
         A loader with `epoch(epoch, start)`, `len`, `num_classes`, `in_channels`, `class_names`, `mean`, `std`
@@ -42,7 +44,8 @@ def make_loader(
         ValueError, FileNotFoundError, ImportError: see `load_dataset`, `image_folder`, `Loader` and `FolderLoader`.
     """
     train = split == "train" if train is None else train
+    settings = dict(train=train, device=device, seed=seed, shard=shard)
     if name == "imagefolder":
         images = image_folder(root, split, train=train)
-        return FolderLoader(images, images.classes, batch_size, train=train, device=device, seed=seed, workers=workers)
-    return Loader(load_dataset(name, split, root), batch_size, train=train, device=device, seed=seed)
+        return FolderLoader(images, images.classes, batch_size, workers=workers, **settings)
+    return Loader(load_dataset(name, split, root), batch_size, **settings)

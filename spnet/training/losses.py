@@ -2,6 +2,12 @@
 
 Source: SP-Net (ECCV 2022) and its official repository where the paper leaves a choice open.
 All terms are float32 scalars whatever the dtype of their inputs.
+
+A batch in equal parts, one per rank or micro-batch: L_cls, L_path, L_logits and L_evo are means over samples of what
+depends on that sample alone (given the statistics of BatchNorm), so the mean of the parts' terms and gradients is
+the whole batch's. L_act is not: a square (or a hinge) of a mean over the batch. The mean of the parts' L_act exceeds
+the whole batch's by the variance of the rate between parts, which pushes every rate away from 1/2. It needs the rates
+of the whole batch: see the argument `rates` of :func:`activation_loss`.
 """
 
 from __future__ import annotations
@@ -41,20 +47,29 @@ def classification_loss(stage_logits: Sequence[Tensor], labels: Tensor, stage_we
     return _weighted_sum(stage_weights, [F.cross_entropy(z.float(), labels) for z in stage_logits])
 
 
-def activation_loss(decisions: Tensor, target_rates: Tensor, hinge: bool = False) -> Tensor:
+def activation_loss(
+    decisions: Tensor, target_rates: Tensor, hinge: bool = False, rates: Tensor | None = None
+) -> Tensor:
     """L_act = mean over blocks of (t_l - rate_l)^2, where rate_l is the mean of block l's decisions over the batch.
 
     Args:
         decisions: float [B, L], 0/1 with the straight-through gradient.
         target_rates: float [L] in [0, 1]; a block whose target is 1 is exempt.
         hinge: count a block only where rate_l > t_l (the ImageNet form).
+        rates: float [L], rate_l of a batch of which `decisions` are one of several equal parts; gets no gradient.
+            The value is then the whole batch's, and so is the mean over the parts of the gradients.
 
     Source: ConvNet-AIG (ECCV 2018), section 3.3, with SP-Net's hinge.
     """
     counted = target_rates < 1
     if not counted.any():
         return decisions.new_zeros((), dtype=torch.float32)
-    excess = (decisions.float().mean(0) - target_rates)[counted]
+    part = decisions.float().mean(0)
+    if rates is not None:
+        # With rate = mean over N parts of part_i: d f(rate) = f'(rate) * (1/N) sum_i d part_i. So every part gives
+        # f'(rate) * d part_i, and the mean over the parts, which is taken anyway, does the rest: no communication.
+        part = part + (rates - part).detach()
+    excess = (part - target_rates)[counted]
     if hinge:
         excess = excess.clamp(min=0)
     return excess.square().mean()
@@ -174,7 +189,11 @@ class SPNetLoss:
         return bool(self.weights["path"] or self.weights["logits"])
 
     def __call__(
-        self, output: SPNetOutput, labels: Tensor, auxiliary: SPNetOutput | None = None
+        self,
+        output: SPNetOutput,
+        labels: Tensor,
+        auxiliary: SPNetOutput | None = None,
+        rates: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted total and the unweighted terms, by the names cls, act, path, logits, evo.
 
@@ -182,6 +201,7 @@ class SPNetLoss:
             output: of the trained network, in training mode.
             labels: int64 [B].
             auxiliary: output of the auxiliary module for the same batch; needed where L_path or L_logits counts.
+            rates: execution rates [L] of the whole batch where `output` is of a part; see :func:`activation_loss`.
         """
         weights = self.weights
         blocks = output.decisions.shape[1]
@@ -189,8 +209,8 @@ class SPNetLoss:
         if weights["act"] and blocks:
             if len(self.target_rates) not in (1, blocks):
                 raise ValueError(f"target_rates: expected 1 or {blocks} rates, got {len(self.target_rates)}")
-            rates = self.target_rates.to(output.decisions.device).expand(blocks)
-            terms["act"] = activation_loss(output.decisions, rates, self.hinge)
+            targets = self.target_rates.to(output.decisions.device).expand(blocks)
+            terms["act"] = activation_loss(output.decisions, targets, self.hinge, rates)
         if self.needs_auxiliary and blocks:
             if auxiliary is None:
                 raise ValueError("auxiliary: L_path and L_logits need the auxiliary module's output, got None")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,12 @@ from spnet.api import fast_forward
 from spnet.models import SPNet, create_model
 from spnet.models.files import load_static_weights, load_weights
 from spnet.routing import routed_blocks
+from spnet.training import distributed
 from spnet.training.auxiliary import DynamicAuxiliary
 from spnet.training.checkpoint import load_state, save_checkpoint
 from spnet.training.config import TrainConfig
 from spnet.training.data import Loader, make_loader
+from spnet.training.loaders import seed_of
 from spnet.training.losses import SPNetLoss
 
 
@@ -47,7 +53,8 @@ def evaluate(
     *,
     impl: str = "auto",
     threshold: float = 0.0,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
+    sharded: bool = False,
 ) -> Evaluation:
     """Accuracy, execution rates and cost of a network, in evaluation mode (restored afterwards).
 
@@ -55,6 +62,7 @@ def evaluate(
         model: routed or static network.
         batches: of (input [B, ...], labels int64 [B]).
         impl, threshold: see :func:`spnet.fast_forward`; a static network has but its own forward.
+        sharded: the batches are this rank's part of a set; every rank calls, and gets the whole set's result.
 
     Raises:
         ValueError: no samples, or labels outside the network's classes.
@@ -62,23 +70,28 @@ def evaluate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return _evaluate(model, batches, impl, threshold, device)
+        return _evaluate(model, batches, impl, threshold, device, sharded)
     finally:
         for module, training in modes:
             module.training = training
 
 
 def _evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], impl: str, threshold: float, device: str
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    impl: str,
+    threshold: float,
+    device: str | torch.device,
+    sharded: bool,
 ) -> Evaluation:
-    routed = bool(routed_blocks(model))
+    routed = len(routed_blocks(model))
     correct = loss = macs = 0.0
-    samples, executed, dense = 0, 0, 0
+    samples, executed, dense = 0, torch.zeros(routed, dtype=torch.int64), 0
     for x, labels in batches:
         x, labels = x.to(device), labels.to(device)
         if routed:
             logits, paths = fast_forward(model, x, impl=impl, threshold=threshold, return_paths=True)
-            executed = executed + paths.decisions.sum(0)
+            executed += paths.decisions.sum(0).cpu()
             macs += paths.macs.sum().item()
             dense = paths.dense_macs
         else:
@@ -91,9 +104,13 @@ def _evaluate(
         correct += (logits.argmax(1) == labels).sum().item()
         loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
         samples += len(x)
+    if sharded:
+        counts = [correct, loss, macs, samples, *executed.tolist()]
+        correct, loss, macs, samples, *rest = distributed.sum_over_ranks(counts)
+        samples, executed = int(samples), torch.tensor(rest)
     if not samples:
         raise ValueError("batches: expected at least one sample, got none")
-    rates = tuple((executed / samples).tolist()) if routed else ()
+    rates = tuple((executed / samples).tolist())
     return Evaluation(correct / samples, loss / samples, rates, macs / samples, dense, samples)
 
 
@@ -103,22 +120,32 @@ class Trainer:
     ``config.json``, ``log.jsonl`` (a line per ``log_every`` steps and per epoch), ``tensorboard/``, and the
     checkpoints ``last`` and ``best`` (highest test accuracy), each a model folder for :func:`spnet.load_model`.
 
+    In a job of several ranks (:func:`spnet.training.distributed.job`) each trains on its part of every batch, all hold
+    the same weights, auxiliary module and statistics after every step, and rank 0 writes; ``config.out`` must be one
+    folder for all of them.
+
     Args:
         config: the settings.
-        train_loader, test_loader: replace the ones that the config names; see :class:`Loader`.
+        train_loader, test_loader: replace the ones that the config names; see :class:`Loader` (and its ``shard``).
 
     Raises:
-        ValueError: training and test data of different classes, settings out of range, or initial weights of
-            another network.
+        ValueError: training and test data of different classes, settings out of range, a batch that the ranks and
+            micro-batches do not divide, or initial weights of another network.
         FileNotFoundError: a missing data set (says where to get it) or missing initial weights.
     """
 
     def __init__(self, config: TrainConfig, *, train_loader: Loader | None = None, test_loader: Loader | None = None):
         self.config, self.run = config, Path(config.out)
         self.device = torch.device(config.device)
+        self.rank, self.ranks = distributed.rank(), distributed.world_size()
+        if config.batch_size % (self.ranks * config.accumulate):
+            raise ValueError(
+                f"batch_size: expected a multiple of {self.ranks} ranks x {config.accumulate} micro-batches, "
+                f"got {config.batch_size}"
+            )
         torch.manual_seed(config.seed)
         data = dict(root=config.data_root, batch_size=config.batch_size, device=self.device, seed=config.seed)
-        data["workers"] = config.workers
+        data |= dict(workers=config.workers, shard=(self.rank, self.ranks))
         self.train_loader = train_loader or make_loader(config.data, "train", **data)
         self.test_loader = test_loader or make_loader(config.data, "test", **data)
         t = self.train_loader
@@ -137,6 +164,8 @@ class Trainer:
         if config.init is not None:
             load_static_weights(self.model, config.init)
         self.model.to(self.device, memory_format=torch.channels_last)
+        if config.sync_batchnorm:
+            distributed.synchronise_batchnorm(self.model)
         self.loss = SPNetLoss(
             config.target_rate,
             stage_weights=config.stage_weights,
@@ -150,6 +179,10 @@ class Trainer:
         )
         needs_auxiliary = self.loss.needs_auxiliary and not config.static
         self.auxiliary = DynamicAuxiliary(self.model, config.auxiliary_momentum) if needs_auxiliary else None
+        networks = nn.ModuleList([self.model, *([] if self.auxiliary is None else [self.auxiliary])])
+        self._statistics = [b for b in networks.buffers() if b.is_floating_point()]
+        # The training forward; evaluations and checkpoints take the bare model.
+        self._forward = distributed.data_parallel(self.model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
@@ -158,13 +191,14 @@ class Trainer:
         self.epoch = self.batch = self.step = 0
         self.best_accuracy = -1.0
         self._sums: dict[str, Tensor] = {}
+        self._terminated = False
 
     def evaluate(self, impl: str = "auto") -> Evaluation:
         """Evaluate the current weights on the test set."""
-        return evaluate(self.model, self.test_loader, impl=impl, device=self.device)
+        return evaluate(self.model, self.test_loader, impl=impl, device=self.device, sharded=True)
 
     def fit(self, *, resume: bool = False) -> Evaluation:
-        """Train to the last epoch and return the last evaluation.
+        """Train to the last epoch and return the last evaluation. SIGTERM saves after the running step and exits.
 
         Args:
             resume: go on from ``out/last``, bit-identically on a CPU; False expects an unused folder.
@@ -174,21 +208,39 @@ class Trainer:
             ValueError: resuming a run of other settings (names them), or a damaged checkpoint.
             FloatingPointError: a loss term or the weights are not finite; the last checkpoint stays.
             OSError: a full disk, say; the last checkpoint stays.
+            SystemExit: of code 0, after SIGTERM to any rank.
         """
         if resume:
             self._resume()
         elif (self.run / "last").exists():
             raise FileExistsError(f"out: {self.run} holds a run already; resume it or name another folder")
-        self.run.mkdir(parents=True, exist_ok=True)
-        self.config.save(self.run / "config.json")
         evaluation = None
-        with (
-            open(self.run / "log.jsonl", "a" if resume else "w") as self._log,
-            SummaryWriter(self.run / "tensorboard", purge_step=self.step + 1) as self._board,
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(self._stopping_on_sigterm())
+            if self.rank == 0:
+                self.run.mkdir(parents=True, exist_ok=True)
+                self.config.save(self.run / "config.json")
+                self._log = stack.enter_context(open(self.run / "log.jsonl", "a" if resume else "w"))
+                board = SummaryWriter(self.run / "tensorboard", purge_step=self.step + 1)
+                self._board = stack.enter_context(board)
             while self.epoch < self.config.epochs:
                 evaluation = self._train_epoch()
         return self.evaluate() if evaluation is None else evaluation
+
+    @contextmanager
+    def _stopping_on_sigterm(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+            yield
+            return
+
+        def stop(*_: Any) -> None:
+            self._terminated = True
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def _train_epoch(self) -> Evaluation:
         config, started, trained = self.config, time.perf_counter(), 0
@@ -201,13 +253,14 @@ class Trainer:
             desc=f"epoch {self.epoch + 1}/{config.epochs}",
             total=len(self.train_loader),
             initial=self.batch,
-            disable=None,
+            disable=None if self.rank == 0 else True,
         )
         for x, labels in batches:
             terms = self._train_step(x.to(self.device), labels.to(self.device))
-            self.batch, self.step, trained = self.batch + 1, self.step + 1, trained + len(labels)
+            self.batch, self.step, trained = self.batch + 1, self.step + 1, trained + config.batch_size
+            stop = distributed.any_rank(self._terminated)
             log = self.step % config.log_every == 0
-            save = self.step % config.checkpoint_every == 0 and self.batch < len(self.train_loader)
+            save = stop or (self.step % config.checkpoint_every == 0 and self.batch < len(self.train_loader))
             if log or save:
                 values = {name: term.item() for name, term in terms.items()}
                 self._check_finite(values)
@@ -216,6 +269,11 @@ class Trainer:
                 self._write("step", self.step, epoch=self.epoch, lr=lr, **values)
             if save:
                 self._save()
+            if stop:
+                batches.close()
+                if self.rank == 0:
+                    print(f"SIGTERM: saved at step {self.step} in {self.run / 'last'}", file=sys.stderr)
+                raise SystemExit(0)
         seconds = time.perf_counter() - started
         means = {name: (total / self.batch).tolist() for name, total in self._sums.items()}
         self._check_finite({name: mean for name, mean in means.items() if name != "rates"})
@@ -237,29 +295,41 @@ class Trainer:
         return evaluation
 
     def _train_step(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        autocast = torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
-        auxiliary = None
-        with autocast:
-            if self.auxiliary is not None:
-                self.auxiliary.update(self.model)
-                auxiliary = self.auxiliary(x)
-            output = self.model(x)
-        total, terms = self.loss(output, labels, auxiliary)
+        """One step on this rank's part of a batch; returns what the whole batch's terms were."""
+        if self.ranks > 1:  # alone, the global generator runs on: it is in the checkpoint
+            torch.manual_seed(seed_of("noise", self.config.seed, self.epoch, self.batch, self.rank))
+        if self.auxiliary is not None:
+            self.auxiliary.update(self.model)
         self.optimizer.zero_grad()
-        self.scaler.scale(total).backward()
+        n, values = self.config.accumulate, []
+        for part in zip(x.chunk(n), labels.chunk(n), strict=True):
+            # Only the last micro-batch's backward averages the gradients over the ranks: they hold all of it by then.
+            last = len(values) == n - 1
+            with nullcontext() if last or self.ranks == 1 else self._forward.no_sync():
+                values.append(self._accumulate(*part))
+        seen = {name: sum(v[name] for v in values) / n for name in values[0]}
+        distributed.average_over_ranks([*seen.values(), *self._statistics])
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_value_(self.model.parameters(), self.config.gradient_clamp)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        terms = {name: term.detach() for name, term in {**terms, "loss": total}.items()}
-        seen = {
-            **terms,
-            "accuracy": (output.stage_logits[-1].argmax(1) == labels).float().mean(),
-            "rates": output.decisions.detach().mean(0),
-        }
         for name, value in seen.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        return terms
+        return {name: value for name, value in seen.items() if name not in ("accuracy", "rates")}
+
+    def _accumulate(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Add the gradients of one micro-batch; returns its terms, accuracy and execution rates."""
+        autocast = torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+        with autocast:
+            auxiliary = None if self.auxiliary is None else self.auxiliary(x)
+            output = self._forward(x)
+        rates = output.decisions.detach().mean(0)
+        distributed.average_over_ranks([rates])
+        total, terms = self.loss(output, labels, auxiliary, rates if self.ranks > 1 else None)
+        self.scaler.scale(total / self.config.accumulate).backward()
+        terms = {name: term.detach() for name, term in {**terms, "loss": total}.items()}
+        accuracy = (output.stage_logits[-1].argmax(1) == labels).float().mean()
+        return {**terms, "accuracy": accuracy, "rates": rates}
 
     def _check_finite(self, values: dict[str, float]) -> None:
         # The weights too: the gradient of a finite loss may not be finite.
@@ -269,6 +339,8 @@ class Trainer:
                 raise FloatingPointError(f"{name}: {value} by step {self.step}; the checkpoint before it stays")
 
     def _write(self, kind: str, step: int, **values: Any) -> None:
+        if self.rank:
+            return
         self._log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._log.flush()
 
@@ -285,6 +357,8 @@ class Trainer:
         scalars(kind, values)
 
     def _save(self, best: bool = False) -> None:
+        if self.rank:
+            return
         self._board.flush()  # a resumed run writes only what comes after the checkpoint
         state = {
             "step": self.step,
@@ -321,7 +395,8 @@ class Trainer:
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"resume: {last} is no checkpoint of this run ({e!r})") from e
-        _cut_log(self.run / "log.jsonl", self.step)
+        if self.rank == 0:
+            _cut_log(self.run / "log.jsonl", self.step)
 
 
 def _cut_log(path: Path, step: int) -> None:

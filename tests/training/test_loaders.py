@@ -109,10 +109,10 @@ def test_batches_depend_on_seed_and_epoch_only():
 
 
 def test_seeds_are_the_same_in_every_process():
-    code = "from spnet.training.loaders import _mix; print(_mix('augment', 3, 1, 2))"
+    code = "from spnet.training.loaders import seed_of; print(seed_of('augment', 3, 1, 2))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(other.stdout) == loaders._mix("augment", 3, 1, 2)
-    seeds = {loaders._mix("order", s, e, b) for s in range(10) for e in range(10) for b in range(10)}
+    assert int(other.stdout) == loaders.seed_of("augment", 3, 1, 2)
+    seeds = {loaders.seed_of("order", s, e, b) for s in range(10) for e in range(10) for b in range(10)}
     assert len(seeds) == 1000
     assert all(0 <= s < 2**63 for s in seeds)
 

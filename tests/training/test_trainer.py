@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import spnet
 from spnet.models.files import WEIGHTS
-from spnet.training import Evaluation, TrainConfig, Trainer, evaluate, losses
+from spnet.training import Evaluation, TrainConfig, Trainer, distributed, evaluate, losses
 from spnet.training import trainer as trainer_module
 from spnet.training.checkpoint import STATE, load_state
 from spnet.training.data import ImageSet, Loader
@@ -50,8 +50,9 @@ def make_trainer(out, *, loader=Loader, test_loader=Loader, images=32, augment=T
     defaults |= dict(log_every=2, checkpoint_every=3, amp=False)
     config = TrainConfig(**{"out": str(out), **defaults, **settings})
     train, test = make_set(images, classes), make_set(24, classes, seed=1)
-    train_loader = loader(train, config.batch_size, train=True, augment=augment, seed=config.seed)
-    return Trainer(config, train_loader=train_loader, test_loader=test_loader(test, 10, train=False))
+    shard = distributed.rank(), distributed.world_size()
+    train_loader = loader(train, config.batch_size, train=True, augment=augment, seed=config.seed, shard=shard)
+    return Trainer(config, train_loader=train_loader, test_loader=test_loader(test, 10, train=False, shard=shard))
 
 
 class HookedLoader(Loader):

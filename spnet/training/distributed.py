@@ -1,0 +1,163 @@
+"""One training run by several processes, a rank each: joining the job, means over the ranks, synchronised BatchNorm.
+
+Without a job everything here is the identity, so that the trainer is one for both.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import MethodType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def in_job() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if in_job() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if in_job() else 1
+
+
+def restarted() -> bool:
+    """Whether torchrun started the job again after a rank had died."""
+    # Each node's torchrun counts only the deaths among its own ranks.
+    return any_rank(_attempt() > 0)
+
+
+def _attempt() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+@contextmanager
+def job(device: str) -> Iterator[None]:
+    """Be one rank of the job that torchrun started, or alone without it.
+
+    Args:
+        device: "cpu" joins by gloo; "cuda" by NCCL, and takes the GPU of the local rank.
+
+    A job on several nodes restarts only with ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` set for torchrun and
+    ``--rdzv-backend c10d``.
+
+    Raises:
+        ConnectionError: another rank died or was lost.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # gloo on a GPU too: what is on the host (the wish to stop, sums of the evaluation) waits for no kernel there.
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # torchrun keeps one store for all attempts, where a restarted rank would read the addresses of dead ones
+        # (pytorch issue 135712). On several nodes the attempts have no common number.
+        store = dist.PrefixStore(f"attempt-{_attempt()}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+    try:
+        yield
+    except RuntimeError as e:
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            cause = str(e).splitlines()[0].split(". ")[0]
+            raise ConnectionError(
+                f"rank {dist.get_rank()}: lost another rank, whose own message says why; the last checkpoint stays "
+                f"({cause})"
+            ) from e
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def any_rank(wish: bool) -> bool:
+    """Whether any rank wishes it: the same answer on every rank."""
+    if world_size() == 1:
+        return wish
+    flag = torch.tensor(int(wish))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def sum_over_ranks(numbers: Sequence[float]) -> list[float]:
+    """The sum of each number, in float64."""
+    if world_size() == 1:
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+@torch.no_grad()
+def average_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Replace float tensors of one device by their means over the ranks, in one collective.
+
+    The results are the same bits on every rank.
+    """
+    if world_size() == 1 or not sum(t.numel() for t in tensors):
+        return
+    flat = torch.cat([t.flatten().float() for t in tensors])
+    dist.all_reduce(flat)
+    for tensor, mean in zip(tensors, (flat / world_size()).split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model, with gradients averaged over the ranks; its buffers are left to :func:`average_over_ranks`."""
+    if world_size() == 1:
+        return model
+    with warnings.catch_warnings():  # torch 2.13 prefers a name that torch 2.9 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over the ranks; every rank's loss depends on it, so its gradient is summed over the ranks too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _SumOverRanks.forward(ctx, gradient)
+
+
+def synchronise_batchnorm(model: nn.Module) -> None:
+    """Let every BatchNorm of the model take its training statistics from the samples of all ranks.
+
+    The ranks must have equally many. ``nn.SyncBatchNorm`` has no CPU form, and it is a type that the lowering to a
+    plan would not know: here the modules stay what they are, and only their forward in training mode changes.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.forward = MethodType(_synchronised, module)
+
+
+def _synchronised(bn: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
+    if not bn.training or world_size() == 1:
+        return type(bn).forward(bn, x)
+    v = x.float()  # [B, C, ...]; statistics are float32 under autocast too
+    axes, shape = [i for i in range(x.dim()) if i != 1], [-1] + [1] * (x.dim() - 2)
+    n = v.numel() // v.shape[1] * world_size()
+    mean = _SumOverRanks.apply(v.sum(axes)) / n
+    centred = v - mean.view(shape)
+    # From the centred values: the mean of the squares less the square of the mean would cancel.
+    var = _SumOverRanks.apply(centred.square().sum(axes)) / n
+    with torch.no_grad():
+        bn.num_batches_tracked.add_(1)
+        bn.running_mean.lerp_(mean, bn.momentum)
+        bn.running_var.lerp_(var * (n / max(n - 1, 1)), bn.momentum)
+    scale = bn.weight * torch.rsqrt(var + bn.eps)
+    return (centred * scale.view(shape) + bn.bias.view(shape)).to(x.dtype)

@@ -1,0 +1,235 @@
+"""Two processes train as one: the same steps, the same files, and the same end when one of them is stopped or dies."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_trainer import assert_same_run, assert_stays_at, equal, hooked, log_of, make_set, make_trainer, stop_before
+from torch import nn
+
+import spnet
+from spnet.models.files import load_weights
+from spnet.training import TrainConfig, Trainer, distributed, evaluate, losses
+from spnet.training.checkpoint import load_state
+from spnet.training.data import Loader
+from tests.images import write_fashion_mnist
+
+RANKS = 2
+ROOT = Path(spnet.__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+# ------------------------------------------------------------------------- what both ranks do, in one start of them
+
+
+def noiseless(out, **settings):
+    """A trainer whose decisions depend on nothing random, of which about half are to execute; two steps."""
+    trainer = make_trainer(out, epochs=1, images=16, log_every=1, **settings)
+    for network in (trainer.model, trainer.auxiliary.module):
+        for module in network.modules():
+            if isinstance(module, spnet.Router):
+                module.dropout.p = 0.0
+                nn.init.zeros_(module.fc2.bias)
+    return trainer
+
+
+def straight_through(router_logits):
+    soft = router_logits.softmax(-1)[:, 1]
+    return (soft > 0.5).float() + soft - soft.detach()
+
+
+def run_equal(folder):
+    """The part of test_ranks_equal_one_process that a rank plays; alone, it is the one process."""
+    noise, spnet.routing.straight_through_gumbel = spnet.routing.straight_through_gumbel, straight_through
+    try:
+        for hinge in (False, True):
+            noiseless(folder / f"hinge-{hinge}", sync_batchnorm=True, hinge=hinge, weight_activation=20).fit()
+    finally:
+        spnet.routing.straight_through_gumbel = noise
+
+
+def run_resumed(folder, rank):
+    trainer = make_trainer(folder / "straight")
+    evaluation = trainer.fit()
+    state = {"model": trainer.model.state_dict(), "auxiliary": trainer.auxiliary.state_dict()}
+    torch.save([state, dataclasses.asdict(evaluation)], folder / f"straight-{rank}.pt")
+    try:
+        make_trainer(folder / "interrupted", loader=stop_before(7)).fit()
+    except KeyboardInterrupt:
+        make_trainer(folder / "interrupted").fit(resume=True)
+
+
+def run_terminated(folder, rank):
+    """SIGTERM comes to one rank, at the last step of an epoch, and later to the other in the middle of one."""
+    for to, step in ((1, 4), (0, 5)):
+
+        def terminate(k, to=to, step=step):
+            if k == step - 1 and rank == to:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        try:
+            make_trainer(folder / "terminated", loader=hooked(terminate)).fit(resume=step == 5)
+        except SystemExit as e:
+            (folder / f"terminated-{step}-{rank}").write_text(json.dumps([e.code, load_step(folder, rank)]))
+    make_trainer(folder / "terminated").fit(resume=True)
+
+
+def load_step(folder, rank):
+    dist.barrier()  # rank 0 has written
+    return load_state(folder / "terminated" / "last")["step"]
+
+
+def run_not_finite(folder, rank):
+    term, calls = losses.activation_loss, []
+
+    def broken(*args):
+        calls.append(args)
+        return term(*args) * (math.nan if len(calls) == 5 and rank == 1 else 1)
+
+    losses.activation_loss = broken
+    try:
+        make_trainer(folder / "nan", log_every=1).fit()
+    except FloatingPointError as e:
+        (folder / f"nan-{rank}").write_text(str(e))
+    losses.activation_loss = term
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folder in which two ranks have done all of the above."""
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = [
+        subprocess.Popen([sys.executable, __file__, folder, str(r)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        for r in range(RANKS)
+    ]
+    try:
+        errors = [p.communicate(timeout=120)[1] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
+    assert "SIGTERM: saved at step 4 in" in errors[0]
+    assert "SIGTERM" not in errors[1]
+    return folder
+
+
+def test_ranks_equal_one_process(both, tmp_path):
+    run_equal(tmp_path)
+    for run in ("hinge-False", "hinge-True"):
+        alone, together = ([line for line in log_of(f / run)] for f in (tmp_path, both))
+        for a, b in zip(alone, together, strict=True):
+            assert a.keys() == b.keys()
+            for name in a.keys() - {"kind", "train", "test"}:
+                assert a[name] == pytest.approx(b[name], rel=1e-4), (run, a["step"], name)
+        *_, a = alone
+        *_, b = together
+        assert a["train"]["rates"] == b["train"]["rates"]
+        assert 0 < sum(a["train"]["rates"]) < 9
+        assert a["train"]["accuracy"] == b["train"]["accuracy"]
+        start = noiseless(tmp_path / "start").model.state_dict()
+        alone, together = (load_weights(f / run / "last") for f in (tmp_path, both))
+        for name, weight in alone.items():
+            # Within a thousandth of what the two steps changed, and rounding (all there is of a bias before BatchNorm).
+            moved = (weight.double() - start[name]).norm()
+            error = (weight.double() - together[name]).norm()
+            assert error <= 1e-3 * moved + 1e-6 * (1 + weight.double().norm()), (run, name)
+
+
+def test_every_rank_holds_the_same(both):
+    (state, evaluation), (other, other_evaluation) = (torch.load(both / f"straight-{r}.pt") for r in range(RANKS))
+    assert equal(state, other)
+    assert evaluation == other_evaluation
+    model = spnet.load_model(both / "straight" / "last")
+    assert equal(state["model"], dict(model.state_dict()))
+
+
+def test_sharded_evaluation_is_that_of_the_whole_set(both):
+    _, got = torch.load(both / "straight-0.pt")
+    # 24 images in batches of 10: the last one has 4.
+    expected = evaluate(spnet.load_model(both / "straight" / "last"), Loader(make_set(24, seed=1), 10, train=False))
+    assert got.pop("loss") == pytest.approx(expected.loss, rel=1e-5)
+    expected = dataclasses.asdict(expected)
+    del expected["loss"]
+    assert got == expected
+
+
+def test_resume(both):
+    assert_same_run(both / "straight", both / "interrupted")
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_sigterm_to_one_rank_stops_all_at_the_same_step(both, step):
+    for rank in range(RANKS):
+        assert json.loads((both / f"terminated-{step}-{rank}").read_text()) == [0, step]
+    assert_same_run(both / "straight", both / "terminated")
+
+
+def test_term_that_is_not_finite_on_one_rank(both):
+    for rank in range(RANKS):
+        assert (both / f"nan-{rank}").read_text() == "act: nan by step 5; the checkpoint before it stays"
+    assert_stays_at(both / "nan", 4)
+
+
+# The command, with a rank 1 that kills itself before the third batch of the first attempt.
+COMMAND = """
+import os, runpy, signal
+from spnet.training.loaders import Loader
+
+rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+augmented = Loader._augmented
+
+def noted(self, images, epoch, batch, *args):
+    if (rank, attempt, batch) == ("1", "0", 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open(f"batches-{attempt}-{rank}", "a") as file:
+        file.write(f"{batch} of {len(images)}\\n")
+    return augmented(self, images, epoch, batch, *args)
+
+Loader._augmented = noted
+runpy.run_module("spnet", run_name="__main__")
+"""
+
+
+def test_torchrun_restarts_and_resumes_after_the_death_of_a_rank(tmp_path):
+    write_fashion_mnist(tmp_path, "train", 64)
+    write_fashion_mnist(tmp_path, "test", 32)
+    (tmp_path / "command.py").write_text(COMMAND)
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 command.py train --data-root ."
+    command += " --data fashion-mnist --model resnet20_cifar --batch-size 16 --epochs 1 --checkpoint-every 1 --out run"
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Error: rank 0: lost another rank, whose own message says why; the last checkpoint stays" in done.stderr
+    assert done.stdout.count("32 samples: accuracy") == 1
+    for rank in range(RANKS):
+        assert (tmp_path / f"batches-0-{rank}").read_text().startswith("0 of 8\n1 of 8\n")
+        assert (tmp_path / f"batches-1-{rank}").read_text() == "2 of 8\n3 of 8\n"
+    assert load_state(tmp_path / "run" / "last")["step"] == 4
+
+
+@pytest.mark.parametrize("settings", [dict(batch_size=9), dict(batch_size=8, accumulate=3)])
+def test_batch_that_ranks_and_micro_batches_do_not_divide(monkeypatch, tmp_path, settings):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    n = settings.get("accumulate", 1)
+    with pytest.raises(ValueError, match=f"batch_size: expected a multiple of 2 ranks x {n} micro-batches, got "):
+        Trainer(TrainConfig(out=str(tmp_path), **settings))
+
+
+if __name__ == "__main__":  # one rank: folder, rank
+    torch.set_num_threads(1)
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    run_equal(folder)
+    run_resumed(folder, rank)
+    run_terminated(folder, rank)
+    run_not_finite(folder, rank)
+    dist.destroy_process_group()
