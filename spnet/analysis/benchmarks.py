@@ -65,7 +65,8 @@ def load(path: str | Path) -> dict:
 
 
 def _forward(results: dict) -> list[dict]:
-    return [cell for cell in results["cells"] if cell["group"].startswith("forward, ")]
+    cells = [cell for cell in results["cells"] if cell["group"].startswith("forward, ")]
+    return sorted(cells, key=lambda c: (c["network"], c["dtype"], c["batch"], c["executed"]))
 
 
 def _ours(cell: dict) -> float:
@@ -286,6 +287,9 @@ def _accuracy_figure(cell: dict) -> Figure:
     if static["accuracy"] is not None:
         ax.plot(static["us_per_image"], static["accuracy"], "s", color=RED, label="static network")
         ax.legend(frameon=False, fontsize=8)
+    # Thresholds that execute next to nothing would press all others into one line.
+    accuracies = [p["accuracy"] for p in routed.values()]
+    ax.set_ylim(max(accuracies) - 0.1, max(accuracies) + 0.02)
     ax.set(xlabel="us per image", ylabel=f"accuracy, {cell['images']} test images")
     ax.set_title("one network at several router thresholds", size=10)
     return fig
