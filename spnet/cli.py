@@ -125,14 +125,26 @@ def train(preset: str, file: str | None, resume: bool, **settings) -> None:
         # After a rank's death torchrun starts all of them again, by the same command.
         restarted = distributed.restarted()
         resume = resume or (restarted and (Path(config.out) / "last").exists())
-        result = Trainer(config).fit(resume=resume)
+        trainer = Trainer(config)
+        result = trainer.fit(resume=resume)
         if distributed.rank() == 0:
             click.echo(_describe(result))
+            if trainer.throughput:
+                click.echo(_describe_throughput(**trainer.throughput))
 
 
 def _describe(e: spnet.training.Evaluation) -> str:
     share = f"{e.macs / e.dense_macs:.1%} of dense"
     return f"{e.samples} samples: accuracy {e.accuracy:.2%}, {e.macs / 1e6:.2f} MMACs per sample ({share})"
+
+
+def _describe_throughput(
+    images_per_second: float, macs_per_second: float, test_images_per_second: float, test_macs_per_second: float
+) -> str:
+    return (
+        f"last epoch: trained at {images_per_second:,.0f} images/s ({macs_per_second / 1e9:,.1f} GMAC/s), "
+        f"tested at {test_images_per_second:,.0f} images/s ({test_macs_per_second / 1e9:,.1f} GMAC/s)"
+    )
 
 
 @main.command("eval")

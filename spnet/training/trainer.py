@@ -119,6 +119,9 @@ class Trainer:
 
     ``config.json``, ``log.jsonl`` (a line per ``log_every`` steps and per epoch), ``tensorboard/``, and the
     checkpoints ``last`` and ``best`` (highest test accuracy), each a model folder for :func:`spnet.load_model`.
+    An epoch's line has its throughput: ``images_per_second`` and ``macs_per_second``, the multiply-accumulates that
+    training executes (every block, skipped or not; twice as many backward as forward; the auxiliary module's forward),
+    and ``test_images_per_second`` and ``test_macs_per_second``, those that the paths of the test images execute.
 
     In a job of several ranks (:func:`spnet.training.distributed.job`) each trains on its part of every batch, all hold
     the same weights, auxiliary module and statistics after every step, and rank 0 writes; ``config.out`` must be one
@@ -127,6 +130,7 @@ class Trainer:
     Args:
         config: the settings.
         train_loader, test_loader: replace the ones that the config names; see :class:`Loader` (and its ``shard``).
+            With several ranks or micro-batches the first must leave out a last batch that is not full.
 
     Raises:
         ValueError: training and test data of different classes, settings out of range, a batch that the ranks and
@@ -164,6 +168,8 @@ class Trainer:
         if config.init is not None:
             load_static_weights(self.model, config.init)
         self.model.to(self.device, memory_format=torch.channels_last)
+        size = (t.in_channels, t.input_size, t.input_size)
+        dense = count_macs(self.model.eval(), size).dense
         if config.sync_batchnorm:
             distributed.synchronise_batchnorm(self.model)
         self.loss = SPNetLoss(
@@ -183,6 +189,12 @@ class Trainer:
         self._statistics = [b for b in networks.buffers() if b.is_floating_point()]
         # The training forward; evaluations and checkpoints take the bare model.
         self._forward = distributed.data_parallel(self.model)
+        if config.compile:
+            self._forward = torch.compile(self._forward)
+            if self.auxiliary is not None:
+                self.auxiliary.compile()
+        self._macs = dense * (3 if self.auxiliary is None else 4)  # of one image in one step
+        self.throughput: dict[str, float] = {}  # of the last epoch, by the names in its line of the log
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
@@ -236,6 +248,7 @@ class Trainer:
         def stop(*_: Any) -> None:
             self._terminated = True
 
+        self._terminated = False
         before = signal.signal(signal.SIGTERM, stop)
         try:
             yield
@@ -257,7 +270,7 @@ class Trainer:
         )
         for x, labels in batches:
             terms = self._train_step(x.to(self.device), labels.to(self.device))
-            self.batch, self.step, trained = self.batch + 1, self.step + 1, trained + config.batch_size
+            self.batch, self.step, trained = self.batch + 1, self.step + 1, trained + len(labels) * self.ranks
             stop = distributed.any_rank(self._terminated)
             log = self.step % config.log_every == 0
             save = stop or (self.step % config.checkpoint_every == 0 and self.batch < len(self.train_loader))
@@ -265,7 +278,9 @@ class Trainer:
                 values = {name: term.item() for name, term in terms.items()}
                 self._check_finite(values)
             if log:
-                batches.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
+                speed = trained / (time.perf_counter() - started)
+                shown = {**values, "images/s": speed, "GMAC/s": speed * self._macs / 1e9}
+                batches.set_postfix({k: f"{v:.3g}" for k, v in shown.items()})
                 self._write("step", self.step, epoch=self.epoch, lr=lr, **values)
             if save:
                 self._save()
@@ -277,15 +292,23 @@ class Trainer:
         seconds = time.perf_counter() - started
         means = {name: (total / self.batch).tolist() for name, total in self._sums.items()}
         self._check_finite({name: mean for name, mean in means.items() if name != "rates"})
+        started = time.perf_counter()
         evaluation = self.evaluate()
+        tested = evaluation.samples / (time.perf_counter() - started)
         self._check_finite({"test loss": evaluation.loss})
+        self.throughput = {
+            "images_per_second": trained / seconds,
+            "macs_per_second": trained / seconds * self._macs,
+            "test_images_per_second": tested,
+            "test_macs_per_second": tested * evaluation.macs,
+        }
         self.epoch, self.batch, self._sums = self.epoch + 1, 0, {}
         self._write(
             "epoch",
             self.step,
             epoch=self.epoch,
             lr=lr,
-            images_per_second=trained / seconds,
+            **self.throughput,
             train=means,
             test=asdict(evaluation),
         )

@@ -41,6 +41,7 @@ def test_unknown_preset():
     [
         {"epochs": 0},
         {"batch_size": 0},
+        {"accumulate": 0},
         {"log_every": 0},
         {"checkpoint_every": -1},
         {"target_rate": 1.5},

@@ -1,5 +1,6 @@
 """The batches of both loaders: which images, in which order, with which pixels, and resumption."""
 
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -193,9 +194,10 @@ class DecodedImages:
         return torch.full((3, 4, 4), float(i)) + torch.rand(1), label
 
 
-def folder_loader(workers=0, train=True, batch_size=6, seed=0, **kwargs):
+def folder_loader(workers=0, train=True, batch_size=6, seed=0, shard=(0, 1), **kwargs):
     dataset = DecodedImages(**kwargs)
-    return FolderLoader(dataset, "abcd", batch_size, train=train, seed=seed, workers=workers, input_size=4)
+    options = dict(train=train, seed=seed, workers=workers, input_size=4, shard=shard)
+    return FolderLoader(dataset, "abcd", batch_size, **options)
 
 
 def test_folder_loader_order_and_attributes():
@@ -231,6 +233,45 @@ def test_folder_loader_resumes_and_leaves_the_global_generator_alone():
 
 def test_folder_loader_does_not_depend_on_the_number_of_workers():
     assert batches_equal(folder_loader(workers=2).epoch(1, 1), folder_loader().epoch(1, 1))
+
+
+def test_folder_loader_outlives_a_sigterm_to_its_workers():
+    loader = folder_loader(workers=2, n=60)
+    batches = loader.epoch(1)
+    got = [next(batches)]
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    assert batches_equal(got + list(batches), folder_loader(n=60).epoch(1))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_shards_are_the_parts_of_every_batch(kind, train, ranks):
+    def loader(*shard):
+        if kind == "folder":
+            return folder_loader(train=train, seed=4, shard=shard)
+        return Loader(random_set(n=20), 6, train=train, seed=4, shard=shard)
+
+    whole = list(loader(0, 1).epoch(3, 1))
+    shards = [loader(r, ranks) for r in range(ranks)]
+    assert {len(s) for s in shards} == {len(loader(0, 1))}
+    parts = [list(s.epoch(3, 1)) for s in shards]
+    if not train:  # the last batch has 2 images: some of 3 or 6 ranks have nothing of it
+        *whole, last = whole
+        rest = [p.pop() for p in parts if len(p) > len(whole)]
+        assert len(rest) == 2
+        assert batches_equal([tuple(map(torch.cat, zip(*rest, strict=True)))], [last])
+    for batch, *mine in zip(whole, *parts, strict=True):
+        assert {len(y) for _, y in mine} == {6 // ranks}
+        assert batches_equal([tuple(map(torch.cat, zip(*mine, strict=True)))], [batch])
+
+
+def test_fewer_images_than_ranks():
+    with pytest.raises(ValueError, match="at least one image per rank and batch, got 4 ranks for 3 images in batches"):
+        Loader(random_set(n=3), 8, train=False, shard=(0, 4))
+    with pytest.raises(ValueError, match="got 4 ranks for 20 images in batches of 2"):
+        folder_loader(batch_size=2, shard=(3, 4))
 
 
 def test_folder_loader_rejects_what_it_cannot_load():

@@ -29,6 +29,7 @@ from spnet.training.data import ImageSet, Loader
 
 SIDE, CLASSES = 8, 4
 STEPS = 4  # per epoch
+THROUGHPUT = [f"{part}{unit}_per_second" for part in ("", "test_") for unit in ("images", "macs")]
 TERMS = ["cls", "act", "path", "logits", "evo", "loss"]
 
 
@@ -87,7 +88,8 @@ def log_of(run, *, timing=False):
     lines = [json.loads(line, parse_constant=reject) for line in (run / "log.jsonl").read_text().splitlines()]
     if not timing:
         for line in lines:
-            line.pop("images_per_second", None)
+            for name in THROUGHPUT:
+                line.pop(name, None)
     return lines
 
 
@@ -125,7 +127,8 @@ def assert_same_run(a, b):
     assert log_of(a) == log_of(b)
     boards = scalars_of(a), scalars_of(b)
     for board in boards:
-        del board["epoch/images_per_second"]
+        for name in THROUGHPUT:
+            del board[f"epoch/{name}"]
     assert boards[0] == boards[1]
 
 
@@ -193,7 +196,11 @@ def test_log(straight):
         assert set(line["test"]) == {"accuracy", "loss", "rates", "macs", "dense_macs", "samples"}
         assert len(line["train"]["rates"]) == len(line["test"]["rates"]) == 9
         assert 0 < line["test"]["macs"] <= line["test"]["dense_macs"]
+        # Training executes everything, three times for the network and once for the auxiliary module.
+        train_macs, test_macs = (line[f"{p}macs_per_second"] / line[f"{p}images_per_second"] for p in ("", "test_"))
         assert line["images_per_second"] > 0
+        assert math.isclose(train_macs, 4 * line["test"]["dense_macs"])
+        assert math.isclose(test_macs, line["test"]["macs"])
     # Fractions of 32 training samples and of 24 test samples.
     assert all((32 * r).is_integer() for e in epochs for r in (*e["train"]["rates"], e["train"]["accuracy"]))
     assert (24 * epochs[0]["test"]["accuracy"]).is_integer()
@@ -337,6 +344,63 @@ def test_mixed_precision(monkeypatch, tmp_path, dtype):
     assert math.isfinite(evaluation.loss)
 
 
+def without_randomness(trainer):
+    """The trainer, with decisions by nothing random, about half to execute, and BatchNorm by frozen statistics."""
+    for module in [*trainer.model.modules(), *trainer.auxiliary.modules()]:
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval().train = lambda mode=True: None
+        if isinstance(module, spnet.Router):
+            module.dropout.p = 0.0
+            torch.nn.init.zeros_(module.fc2.bias)
+    return trainer
+
+
+def test_accumulation_takes_the_step_of_the_whole_batch(monkeypatch, tmp_path):
+    monkeypatch.setattr(spnet.routing, "straight_through_gumbel", lambda z: (z[:, 1] > z[:, 0]) + 0 * z.sum(1))
+    lines, weights, steps = [], [], []
+    for n in (1, 2, 4):
+        # L_act is left out: its rates are those of the micro-batch.
+        trainer = make_trainer(tmp_path / str(n), epochs=1, log_every=1, accumulate=n, weight_activation=0)
+        start = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        without_randomness(trainer).auxiliary.register_forward_hook(lambda *_: steps.append(n))  # noqa: B023
+        trainer.fit()
+        lines.append(log_of(tmp_path / str(n)))
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert [steps.count(n) for n in (1, 2, 4)] == [STEPS, 2 * STEPS, 4 * STEPS]
+    assert 0 < sum(lines[0][-1]["train"]["rates"]) < 9
+    for n in (1, 2):
+        got, expected = lines[n][-1]["train"], lines[0][-1]["train"]
+        assert got.pop("rates") == expected["rates"]
+        assert got == pytest.approx({name: value for name, value in expected.items() if name != "rates"}, rel=1e-4)
+        assert (weights[n] - weights[0]).norm() <= 1e-3 * (weights[0] - start).norm()
+
+
+def test_rates_of_accumulation_are_those_of_a_micro_batch(tmp_path):
+    seen = []
+    trainer = make_trainer(tmp_path, epochs=1, log_every=1, accumulate=2)
+    trainer.model.register_forward_hook(lambda m, i, o: seen.append(o.decisions) if m.training else None)
+    trainer.fit()
+    acts = [((d.mean(0) - 0.6) ** 2).mean().item() for d in seen]
+    logged = [line["act"] for line in log_of(tmp_path) if line["kind"] == "step"]
+    assert logged == pytest.approx([(a + b) / 2 for a, b in zip(acts[::2], acts[1::2], strict=True)])
+
+
+def test_compiled_training_is_training(monkeypatch, straight, tmp_path):
+    compile_, compiled = torch.compile, []
+
+    def eagerly(forward, **options):  # the compiler's front end; generating code takes a minute
+        compiled.append(forward)
+        return compile_(forward, **options, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", eagerly)
+    trainer = make_trainer(tmp_path, compile=True)
+    trainer.fit()
+    assert [getattr(f, "__self__", f) for f in compiled] == [trainer.model, trainer.auxiliary]
+    for name in ("last", "best"):
+        assert (tmp_path / name / WEIGHTS).read_bytes() == (straight[0] / name / WEIGHTS).read_bytes()
+    assert log_of(tmp_path) == log_of(straight[0])
+
+
 def test_mixed_precision_can_be_switched_off(monkeypatch, tmp_path):
     monkeypatch.setattr(trainer_module, "_amp_dtype", lambda device: torch.bfloat16)
     assert make_trainer(tmp_path, amp=False).amp_dtype is None
@@ -355,6 +419,8 @@ def test_progress_bar_only_on_a_terminal(monkeypatch, tmp_path, capsys):
     make_trainer(tmp_path / "b", epochs=1).fit()
     assert "epoch 1/1" in terminal.getvalue()
     assert f"{STEPS}/{STEPS}" in terminal.getvalue()
+    assert "images/s=" in terminal.getvalue()
+    assert "GMAC/s=" in terminal.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------- static nets
