@@ -28,7 +28,7 @@ def from_pretrained(folder_or_repo_id: str | Path, revision: str | None = None) 
         return load_model(folder)
     repo_id = str(folder_or_repo_id)
     owner, _, name = repo_id.partition("/")
-    if not owner.strip(".~") or not name:
+    if not owner.strip(".~") or not name or "/" in name:
         raise FileNotFoundError(f"folder_or_repo_id: {repo_id} is neither a folder nor of the form 'owner/name'")
     if find_spec("huggingface_hub") is None:
         raise ImportError(
