@@ -238,7 +238,7 @@ def test_folder_loader_does_not_depend_on_the_number_of_workers():
 def test_folder_loader_outlives_a_sigterm_to_its_workers():
     loader = folder_loader(workers=2, n=60)
     batches = loader.epoch(1)
-    got = [next(batches)]
+    got = [next(batches), next(batches)]  # one of each worker: both have started
     for worker in multiprocessing.active_children():
         worker.terminate()
     assert batches_equal(got + list(batches), folder_loader(n=60).epoch(1))
