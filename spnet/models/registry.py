@@ -8,8 +8,8 @@ from functools import partial
 from spnet.models.resnet import SPNet
 
 
-def _cifar(depth: int) -> partial:
-    return partial(SPNet, [(depth - 2) // 6] * 3, [16, 32, 64], num_classes=10)
+def _cifar(depth: int, width: int = 1) -> partial:
+    return partial(SPNet, [(depth - 2) // 6] * 3, [16 * width, 32 * width, 64 * width], num_classes=10)
 
 
 def _imagenet(stage_blocks: list[int], bottleneck: bool) -> partial:
@@ -29,6 +29,7 @@ _MODELS = {
     "resnet32_cifar": _cifar(32),
     "resnet56_cifar": _cifar(56),
     "resnet110_cifar": _cifar(110),
+    "wide_resnet20_2_cifar": _cifar(20, width=2),
     "resnet18": _imagenet([2, 2, 2, 2], False),
     "resnet34": _imagenet([3, 4, 6, 3], False),
     "resnet50": _imagenet([3, 4, 6, 3], True),
