@@ -149,7 +149,7 @@ class SPNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | SPNetOutput:
         """x: [B, in_channels, input_size, input_size] in the dtype of the weights."""
         if self.training:
-            return self._forward_training(x)
+            return self.forward_stages(x)
         x = self.features(x)
         return self.heads[-1](Router.pool(x).to(x.dtype))
 
@@ -182,7 +182,8 @@ class SPNet(nn.Module):
 
         return from_pretrained(folder_or_repo_id, revision)
 
-    def _forward_training(self, x: Tensor) -> SPNetOutput:
+    def forward_stages(self, x: Tensor) -> SPNetOutput:
+        """The forward of training mode; in evaluation mode by its statistics and with decisions of bool."""
         x = self.features.stem(x)
         pooled = Router.pool(x)
         router_logits, decisions, features, stage_features, stage_logits = [], [], [], [], []

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,6 +96,15 @@ def sum_over_ranks(numbers: Sequence[float]) -> list[float]:
     sums = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def gather_over_ranks(value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in the order of the ranks; tensors in it must lie on the CPU."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 @torch.no_grad()

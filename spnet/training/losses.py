@@ -13,12 +13,12 @@ of the whole batch: see the argument `rates` of :func:`activation_loss`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spnet.analysis.stability import Differences, differences_across, differences_within
 from spnet.models import SPNetOutput
 
 PAIRINGS = ("final", "equal")
@@ -114,21 +114,20 @@ def _misalignment(a: Tensor, b: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(a.float(), b.float(), dim=1)).mean()
 
 
+def _total_misalignment(differences: Differences, like: Tensor) -> Tensor:
+    return sum((_misalignment(a, b) for a, b in differences), like.new_zeros((), dtype=torch.float32))
+
+
 def evolution_loss_within(features: Sequence[Tensor]) -> Tensor:
     """L_evo of the CIFAR form: sum over stages of 1 - cos(f_mid - f_first, f_last - f_mid).
 
     Args:
-        features: per stage [B, blocks, C], the pooled output of each block; a stage of fewer than three blocks
-            has no two successive differences and contributes nothing.
+        features: see :func:`spnet.analysis.stability.differences_within`; a stage of fewer than three blocks
+            contributes nothing.
 
     Source: SP-Net, feature evolution regularization.
     """
-    total = features[0].new_zeros((), dtype=torch.float32)
-    for f in features:
-        if f.shape[1] >= 3:
-            first, middle, last = f[:, 0], f[:, f.shape[1] // 2], f[:, -1]
-            total = total + _misalignment(middle - first, last - middle)
-    return total
+    return _total_misalignment(differences_within(features), features[0])
 
 
 def evolution_loss_across(stage_features: Sequence[Tensor]) -> Tensor:
@@ -139,12 +138,7 @@ def evolution_loss_across(stage_features: Sequence[Tensor]) -> Tensor:
 
     Source: SP-Net, feature evolution regularization.
     """
-    widths = [f.shape[1] for f in stage_features]
-    if len(set(widths)) > 1:
-        raise ValueError(f"stage_features: expected stages aligned to one width, got {widths}")
-    differences = [stage_features[-1] - f for f in stage_features[:-1]]
-    terms = [_misalignment(a, b) for a, b in combinations(differences, 2)]
-    return torch.stack(terms).sum() if terms else stage_features[-1].new_zeros((), dtype=torch.float32)
+    return _total_misalignment(differences_across(stage_features), stage_features[-1])
 
 
 class SPNetLoss:

@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from spnet.analysis.macs import count_macs
+from spnet.analysis.stability import path_churn
 from spnet.api import fast_forward
 from spnet.models import SPNet, create_model
 from spnet.models.files import load_static_weights, load_weights
@@ -44,6 +46,8 @@ class Evaluation:
     macs: float  # mean multiply-accumulates per sample
     dense_macs: int  # of a sample that executes every block
     samples: int
+    # bool [samples, L]: which blocks each sample executed, in the order of the set.
+    decisions: Tensor = field(compare=False, repr=False)
 
 
 @torch.no_grad()
@@ -86,16 +90,17 @@ def _evaluate(
 ) -> Evaluation:
     routed = len(routed_blocks(model))
     correct = loss = macs = 0.0
-    samples, executed, dense = 0, torch.zeros(routed, dtype=torch.int64), 0
+    samples, dense, decisions = 0, 0, []
     for x, labels in batches:
         x, labels = x.to(device), labels.to(device)
         if routed:
             logits, paths = fast_forward(model, x, impl=impl, threshold=threshold, return_paths=True)
-            executed += paths.decisions.sum(0).cpu()
+            decisions.append(paths.decisions.cpu())
             macs += paths.macs.sum().item()
             dense = paths.dense_macs
         else:
             logits = model(x)
+            decisions.append(torch.zeros(len(x), 0, dtype=torch.bool))
             dense = count_macs(model, x.shape[1:]).dense
             macs += dense * len(x)
         low, high = labels.aminmax() if len(labels) else (0, 0)
@@ -105,13 +110,16 @@ def _evaluate(
         loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
         samples += len(x)
     if sharded:
-        counts = [correct, loss, macs, samples, *executed.tolist()]
-        correct, loss, macs, samples, *rest = distributed.sum_over_ranks(counts)
-        samples, executed = int(samples), torch.tensor(rest)
+        correct, loss, macs, samples = distributed.sum_over_ranks([correct, loss, macs, samples])
+        samples = int(samples)
+        # The ranks' parts of a batch are neighbours; of a last small batch the later ranks may have none.
+        batches = zip_longest(*distributed.gather_over_ranks(decisions))
+        decisions = [part for batch in batches for part in batch if part is not None]
     if not samples:
         raise ValueError("batches: expected at least one sample, got none")
-    rates = tuple((executed / samples).tolist())
-    return Evaluation(correct / samples, loss / samples, rates, macs / samples, dense, samples)
+    decisions = torch.cat(decisions)
+    rates = tuple((decisions.sum(0) / samples).tolist())
+    return Evaluation(correct / samples, loss / samples, rates, macs / samples, dense, samples, decisions)
 
 
 class Trainer:
@@ -122,6 +130,8 @@ class Trainer:
     An epoch's line has its throughput: ``images_per_second`` and ``macs_per_second``, the multiply-accumulates that
     training executes (every block, skipped or not; twice as many backward as forward; the auxiliary module's forward),
     and ``test_images_per_second`` and ``test_macs_per_second``, those that the paths of the test images execute.
+    With routers its ``test`` has ``churn``, the fraction of the test samples' decisions that flipped since the epoch
+    before (:func:`spnet.analysis.stability.path_churn`; None for the first).
 
     In a job of several ranks (:func:`spnet.training.distributed.job`) each trains on its part of every batch, all hold
     the same weights, auxiliary module and statistics after every step, and rank 0 writes; ``config.out`` must be one
@@ -203,6 +213,7 @@ class Trainer:
         self.epoch = self.batch = self.step = 0
         self.best_accuracy = -1.0
         self._sums: dict[str, Tensor] = {}
+        self._decisions: Tensor | None = None  # of the last epoch's evaluation
         self._terminated = False
 
     def evaluate(self, impl: str = "auto") -> Evaluation:
@@ -302,7 +313,11 @@ class Trainer:
             "test_images_per_second": tested,
             "test_macs_per_second": tested * evaluation.macs,
         }
-        self.epoch, self.batch, self._sums = self.epoch + 1, 0, {}
+        test = asdict(evaluation)
+        decisions, before = test.pop("decisions"), self._decisions
+        if not config.static:
+            test["churn"] = None if before is None else path_churn(before, decisions)
+        self.epoch, self.batch, self._sums, self._decisions = self.epoch + 1, 0, {}, decisions
         self._write(
             "epoch",
             self.step,
@@ -310,7 +325,7 @@ class Trainer:
             lr=lr,
             **self.throughput,
             train=means,
-            test=asdict(evaluation),
+            test=test,
         )
         best = evaluation.accuracy > self.best_accuracy
         self.best_accuracy = max(self.best_accuracy, evaluation.accuracy)
@@ -374,7 +389,7 @@ class Trainer:
             elif isinstance(value, list | tuple):
                 for i, v in enumerate(value):
                     scalars(f"{prefix}/{i:03d}", v)
-            else:
+            elif value is not None:
                 self._board.add_scalar(prefix, value, step)
 
         scalars(kind, values)
@@ -389,6 +404,7 @@ class Trainer:
             "batch": self.batch,
             "best_accuracy": self.best_accuracy,
             "sums": self._sums,
+            "decisions": self._decisions,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "auxiliary": None if self.auxiliary is None else self.auxiliary.state_dict(),
@@ -412,6 +428,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.best_accuracy = state["best_accuracy"]
+            self._decisions = state["decisions"]
             self._sums = {name: total.to(self.device) for name, total in state["sums"].items()}
             torch.set_rng_state(state["rng"])
             if state["cuda_rng"]:

@@ -167,7 +167,8 @@ def test_learns(tmp_path):
 def test_fit_returns_the_last_evaluation(straight):
     run, evaluation = straight
     last = [line for line in log_of(run) if line["kind"] == "epoch"][-1]["test"]
-    assert Evaluation(**{**last, "rates": tuple(last["rates"])}) == evaluation
+    del last["churn"]
+    assert Evaluation(**{**last, "rates": tuple(last["rates"])}, decisions=evaluation.decisions) == evaluation
     assert evaluation.samples == 24
     again = evaluate(spnet.load_model(run / "last"), Loader(make_set(24, seed=1), 10, train=False))
     assert dataclasses.replace(again, loss=evaluation.loss) == evaluation
@@ -193,7 +194,7 @@ def test_log(straight):
     for number, line in enumerate(epochs, 1):
         assert line["epoch"] == number
         assert set(line["train"]) == {*TERMS, "accuracy", "rates"}
-        assert set(line["test"]) == {"accuracy", "loss", "rates", "macs", "dense_macs", "samples"}
+        assert set(line["test"]) == {"accuracy", "loss", "rates", "macs", "dense_macs", "samples", "churn"}
         assert len(line["train"]["rates"]) == len(line["test"]["rates"]) == 9
         assert 0 < line["test"]["macs"] <= line["test"]["dense_macs"]
         # Training executes everything, three times for the network and once for the auxiliary module.
@@ -204,6 +205,22 @@ def test_log(straight):
     # Fractions of 32 training samples and of 24 test samples.
     assert all((32 * r).is_integer() for e in epochs for r in (*e["train"]["rates"], e["train"]["accuracy"]))
     assert (24 * epochs[0]["test"]["accuracy"]).is_integer()
+
+
+def test_churn_is_that_of_the_test_images_since_the_epoch_before(tmp_path):
+    trainer = make_trainer(tmp_path, epochs=3, lr=0.2, target_rate=0.3)
+    seen, evaluate_ = [], trainer.evaluate
+    trainer.evaluate = lambda: seen.append(evaluate_()) or seen[-1]
+    trainer.fit()
+    decisions = [e.decisions.tolist() for e in seen]
+    flips = [
+        sum(p != q for a, b in zip(before, after, strict=True) for p, q in zip(a, b, strict=True))
+        for before, after in zip(decisions, decisions[1:], strict=False)
+    ]
+    assert all(flips)
+    logged = [line["test"]["churn"] for line in log_of(tmp_path) if line["kind"] == "epoch"]
+    assert logged == [None, *(pytest.approx(f / (24 * 9)) for f in flips)]
+    assert load_state(tmp_path / "last")["decisions"].tolist() == decisions[-1]
 
 
 def test_epoch_means_are_those_of_the_steps(tmp_path):
@@ -225,7 +242,7 @@ def test_tensorboard_has_what_the_log_has(straight):
         elif isinstance(value, list):
             for i, v in enumerate(value):
                 collect(f"{prefix}/{i:03d}", v, step)
-        else:
+        elif value is not None:
             expected[prefix].append((step, value))
 
     for line in log_of(run, timing=True):
@@ -436,6 +453,7 @@ def test_static_network_and_a_start_from_it(tmp_path):
     assert [k for k in first if k in TERMS] == ["cls", "loss"]
     assert first["cls"] == first["loss"]
     assert last["train"]["rates"] == last["test"]["rates"] == []
+    assert "churn" not in last["test"]
     make_trainer(tmp_path / "static", static=True, augment=False).fit(resume=True)
     static = spnet.load_model(tmp_path / "static" / "last")
 
@@ -496,6 +514,7 @@ def test_evaluate_equals_a_plain_loop(model, impl):
     assert got.samples == 30
     assert got.accuracy == (logits.argmax(1) == labels).sum().item() / 30
     assert math.isclose(got.loss, F.cross_entropy(logits, labels).item(), rel_tol=1e-5)
+    assert torch.equal(got.decisions, decisions)
     assert got.rates == pytest.approx(decisions.float().mean(0).tolist())
     assert 0 < sum(got.rates) < 9
     assert got.dense_macs == macs.dense
@@ -510,6 +529,7 @@ def test_evaluate_static_network():
     assert got.accuracy == (logits.argmax(1) == labels).sum().item() / 64
     assert math.isclose(got.loss, F.cross_entropy(logits, labels).item(), rel_tol=1e-5)
     assert got.rates == ()
+    assert got.decisions.shape == (64, 0)
     assert got.macs == got.dense_macs
 
 
