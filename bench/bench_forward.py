@@ -67,8 +67,10 @@ def network(name: str, dtype: torch.dtype) -> spnet.SPNet:
 
 # Of one batch size at a time: the engines of all would not fit in memory.
 @functools.lru_cache(1)
-def rivals_of(name: str, dtype: torch.dtype, batch: int, only: tuple[str, ...] | None):
-    return competitors(network(name, dtype), batch, dtype, only), static_of_half_the_cost(name, batch, dtype, only)
+def rivals_of(name: str, dtype: torch.dtype, batch: int, only: tuple[str, ...] | None, quick: bool):
+    return competitors(network(name, dtype), batch, dtype, only, quick), static_of_half_the_cost(
+        name, batch, dtype, only
+    )
 
 
 def paths_of(batch: int, blocks: int, executed: float) -> Tensor:
@@ -133,8 +135,8 @@ def limit_gflops(dtype: torch.dtype) -> float:
 def test_forward(benchmark, report, cell, pytestconfig):
     name, dtype, batch, executed = cell
     model = network(name, dtype)
-    only = pytestconfig.getoption("--rivals")
-    (rivals, absent), static = rivals_of(name, dtype, batch, only)
+    only, full = pytestconfig.getoption("--rivals"), pytestconfig.getoption("--full")
+    (rivals, absent), static = rivals_of(name, dtype, batch, only, not full)
     chosen = spnet.explain(
         model, torch.zeros(1, 3, model.input_size, model.input_size, dtype=dtype, device=DEVICE)
     ).impl

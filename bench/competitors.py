@@ -80,7 +80,7 @@ def _folded(module: nn.Module) -> nn.Module:
 
 
 def competitors(
-    model: nn.Module, batch: int, dtype: torch.dtype, only: tuple[str, ...] | None = None
+    model: nn.Module, batch: int, dtype: torch.dtype, only: tuple[str, ...] | None = None, quick: bool = False
 ) -> tuple[dict[str, Competitor], dict[str, str]]:
     """Set up every rival for batches of one size, on the model's device.
 
@@ -89,6 +89,7 @@ def competitors(
         batch: B.
         dtype: float32 or bfloat16; on CUDA also float16.
         only: names of the rivals to set up; all by default.
+        quick: leave out those that take minutes to set up.
 
     Returns:
         (rivals by name, why the absent ones are absent by name).
@@ -101,6 +102,7 @@ def competitors(
     }
     absent = {}
     makers = {
+        "CUDA graph": (_cuda_graph, True),
         "compile": (_compiled, True),
         "compile dense": (_compiled, False),
         "openvino": (_openvino, True),
@@ -112,6 +114,8 @@ def competitors(
         found, makers = ({name: each[name] for name in each if name in only} for each in (found, makers))
     for name, (make, masked) in makers.items():
         try:
+            if quick and make is _compiled and (not masked or model.input_size > 64):
+                raise Absent("it takes minutes to compile: --full has it")
             found[name] = Competitor(make(model, batch, dtype, masked), "masked" if masked else "dense")
         except Absent as reason:
             absent[name] = str(reason)
@@ -182,7 +186,8 @@ def _compiled(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) ->
     """torch.compile with the weights frozen into the graph, which lets Inductor pack them for oneDNN."""
     network = FoldedNetwork(model, dtype).eval()
     # Masks are inputs of their own: as slices of one tensor each would make Inductor build another C++ kernel.
-    options = {"freezing": True, "triton.cudagraphs": _device(model).type == "cuda"}
+    on_gpu = _device(model).type == "cuda"
+    options = {"freezing": True, "max_autotune": on_gpu, "triton.cudagraphs": on_gpu}
     compiled = torch.compile(network.run, dynamic=False, fullgraph=True, options=options)
 
     def run(*inputs: Tensor) -> Tensor:
@@ -197,6 +202,30 @@ def _compiled(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) ->
     # Every network and batch is a graph of its own of one function, more than the default limit allows.
     with torch._dynamo.config.patch(recompile_limit=64):
         bind(x.to(dtype), paths)()
+    return bind
+
+
+def _cuda_graph(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) -> Bind:
+    """The eager network's kernels, launched together."""
+    if _device(model).type != "cuda":
+        raise Absent("there is no GPU")
+    network = FoldedNetwork(model, dtype).eval().to(memory_format=torch.channels_last)
+
+    def bind(x: Tensor, paths: Tensor) -> Call:
+        inputs = x.contiguous(memory_format=torch.channels_last), paths.to(dtype) if masked else None
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad():
+            network(*inputs)  # cuDNN and cuBLAS take their workspaces before the capture
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                logits = network(*inputs)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
     return bind
 
 

@@ -50,14 +50,6 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def copy_gbytes(megabytes: int = 256, device: str = "cpu") -> float:
-    """GB/s that a copy of a large tensor reads and writes: the limit of whatever moves samples."""
-    source = torch.ones(megabytes << 18, device=device)
-    target = torch.empty_like(source)
-    best = min(_clock(lambda: target.copy_(source)) for _ in range(9))
-    return 2 * source.nbytes / best / 1e9
-
-
 def matmul_gflops(dtype: torch.dtype, size: int = 8192) -> float:
     """GFLOP/s of a large matrix product on the GPU: the limit of its convolutions."""
     a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))

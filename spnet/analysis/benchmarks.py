@@ -90,37 +90,14 @@ def _percent(share: float | None) -> str:
     return "not known" if share is None else f"{share:.2%}"
 
 
-def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
 
 
 def markdown(results: dict) -> str:
     """Everything measured as Markdown: cells against their rivals, where spnet loses, real paths, operators."""
-    machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-    lines = [f"{machine}; {results['date']}; `{results['command']}`.", ""]
-    forward = _forward(results)
-    if forward:
-        lines += ["Minimum in ms; ratios are of one run. Efficiency is best dense time x executed MACs / time.", ""]
-        head = ["network, dtype, batch, executed", "by", "fast_forward", "plan", "best dense", "speed-up", "efficiency"]
-        head += ["best skipping rival", "static network of half the cost"]
-        rows = []
-        for cell in forward:
-            name, ms = _best(cell, "masked", "dense")
-            rivals = [_best(cell, kind) for kind in ("skips", "static")]
-            rows.append(
-                [
-                    _describe(cell),
-                    f"`{cell['impl']}`",
-                    f"{_ours(cell):.3g}",
-                    f"{cell['minimum_ms']['plan']:.3g}" if "plan" in cell["minimum_ms"] else "",
-                    f"{ms:.3g} ({name})",
-                    f"{ms / _ours(cell):.2f}x",
-                    f"{ms * cell['executed_macs'] / cell['dense_macs'] / _ours(cell):.0%}",
-                    *(f"{r[1]:.3g} ({r[0]})" if r else "" for r in rivals),
-                ]
-            )
-        lines += _table(head, rows)
-        lines += ["**Where spnet loses:** " + ("; ".join(losses(results)) or "in no cell of this run") + ".", ""]
+    lines = [*_head(results), *_forward_table(_forward(results)), *_losses_line(results)]
     real = [c for c in results["cells"] if c["group"].startswith("real paths")]
     if real:
         impls = list(real[0]["minimum_ms"])
@@ -130,7 +107,72 @@ def markdown(results: dict) -> str:
             per_image = [cell["minimum_ms"][impl] * 1e3 / cell["batch"] for impl in impls]
             ratio = cell["minimum_ms"]["masked"] / cell["minimum_ms"][cell["auto"]]
             rows.append([str(cell["batch"]), *(f"{us:.0f}" for us in per_image), f"{ratio:.2f}x"])
-        lines += _table(head, rows)
+        lines += table(head, rows)
+    lines += _thresholds_table(results)
+    others = []
+    for cell in results["cells"]:
+        if "gbytes" in cell:
+            rate, limit, unit = cell["gbytes"]["native"], cell["gbytes"]["limit"], "GB/s"
+        elif "conv_gflops" in cell:
+            rate, limit, unit = cell["conv_gflops"], cell["fma_gflops"], "GFLOP/s"
+        else:
+            continue
+        others.append([cell["name"], f"{rate:.4g} {unit}", f"{limit:.4g}", f"{rate / limit:.0%}"])
+    if others:
+        lines += table(["operator", "reaches", "limit of the same run", "share"], others)
+    for cell in results["cells"]:
+        if cell["group"].startswith(("training", "linearity", "threads")):
+            listed = ", ".join(f"{name}: {ms:.3g} ms" for name, ms in cell["minimum_ms"].items())
+            more = "".join(f"; {key} {cell[key]:.4g}" for key in ("r2", "ratio") if key in cell)
+            lines += [f"- {cell['group']}: {listed}{more}"]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def brief(results: dict) -> str:
+    """What the README shows: half of the block executions, every losing cell, accuracy against time."""
+    half = [cell for cell in _forward(results) if cell["executed"] == 0.5]
+    lines = [*_head(results), *_forward_table(half), *_losses_line(results), *_thresholds_table(results)]
+    return "\n".join(lines)
+
+
+def _head(results: dict) -> list[str]:
+    machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    return [f"{machine}; {results['date']}; `{results['command']}`.", ""]
+
+
+def _forward_table(cells: list[dict]) -> list[str]:
+    if not cells:
+        return []
+    head = ["network, dtype, batch, executed", "by", "fast_forward", "plan", "best dense", "speed-up", "efficiency"]
+    head += ["best skipping rival", "static network of half the cost"]
+    rows = []
+    for cell in cells:
+        name, ms = _best(cell, "masked", "dense")
+        rivals = [_best(cell, kind) for kind in ("skips", "static")]
+        rows.append(
+            [
+                _describe(cell),
+                f"`{cell['impl']}`",
+                f"{_ours(cell):.3g}",
+                f"{cell['minimum_ms']['plan']:.3g}" if "plan" in cell["minimum_ms"] else "",
+                f"{ms:.3g} ({name})",
+                f"{ms / _ours(cell):.2f}x",
+                f"{ms * cell['executed_macs'] / cell['dense_macs'] / _ours(cell):.0%}",
+                *(f"{r[1]:.3g} ({r[0]})" if r else "" for r in rivals),
+            ]
+        )
+    legend = "Minimum in ms; ratios are of one run. Efficiency is best dense time x executed MACs / time."
+    return [legend, "", *table(head, rows)]
+
+
+def _losses_line(results: dict) -> list[str]:
+    if not _forward(results):
+        return []
+    return ["**Where spnet loses:** " + ("; ".join(losses(results)) or "in no cell of this run") + ".", ""]
+
+
+def _thresholds_table(results: dict) -> list[str]:
+    lines = []
     for cell in results["cells"]:
         if "points" in cell:
             head = [f"threshold ({cell['images']} test images)", "accuracy", "us per image", "executed MACs"]
@@ -138,22 +180,8 @@ def markdown(results: dict) -> str:
                 [name, _percent(p["accuracy"]), f"{p['us_per_image']:.0f}", f"{p['executed_share']:.0%}"]
                 for name, p in cell["points"].items()
             )
-            lines += _table(head, rows)
-    others = []
-    for cell in results["cells"]:
-        for unit, limit in (("gbytes", "copy_gbytes"), ("conv_gflops", "fma_gflops")):
-            if unit in cell:
-                rate = cell[unit]["native"] if unit == "gbytes" else cell[unit]
-                what = f"{rate:.3g} {'GB/s' if unit == 'gbytes' else 'GFLOP/s'}"
-                others.append([cell["name"], what, f"{cell[limit]:.3g}", f"{rate / cell[limit]:.0%}"])
-    if others:
-        lines += _table(["operator", "reaches", "limit of the same run", "share"], others)
-    for cell in results["cells"]:
-        if cell["group"].startswith(("training", "linearity", "threads")):
-            listed = ", ".join(f"{name}: {ms:.3g} ms" for name, ms in cell["minimum_ms"].items())
-            more = "".join(f"; {key} {cell[key]:.4g}" for key in ("r2", "ratio") if key in cell)
-            lines += [f"- {cell['group']}: {listed}{more}"]
-    return "\n".join(lines).rstrip() + "\n"
+            lines += table(head, rows)
+    return lines
 
 
 def losses(results: dict) -> list[str]:
@@ -336,9 +364,10 @@ def update_readme(text: str, results_folder: str | Path, link: str) -> str:
     files = sorted(Path(results_folder).glob("*.json"), key=lambda f: (load(f)["date"], f.name))
     if not files:
         raise ValueError(f"{results_folder}: no result files")
-    newest = files[-1]
-    pictures = sorted((newest.parent / newest.stem).glob("*.png"))
-    shown = "\n".join(f"![{p.stem}]({link}/{newest.stem}/{p.name})" for p in pictures)
-    older = ", ".join(f"[{f.stem}]({link}/{f.stem}.md)" for f in files[:-1])
-    section = markdown(load(newest)) + f"\n{shown}\n" + (f"\nOther measurements: {older}.\n" if older else "")
+    newest, older = files[-1], files[:-1]
+    pictures = [newest.parent / newest.stem / f"{name}.png" for name in ("speed-up", "accuracy")]
+    shown = "".join(f"![{p.stem}]({link}/{newest.stem}/{p.name})\n" for p in pictures if p.exists())
+    more = [f"all cells, operators and training: [{newest.stem}]({link}/{newest.stem}.md)"]
+    more += [f"[{f.stem}]({link}/{f.stem}.md)" for f in older]
+    section = f"{brief(load(newest))}\n{shown}\nMore: {', '.join(more)}.\n"
     return text[: text.index(BEGIN) + len(BEGIN)] + "\n" + section + text[text.index(END) :]

@@ -55,7 +55,7 @@ def results() -> dict:
                 },
             },
             {"name": "c", "group": "walk, convolution", "conv_gflops": 90.0, "fma_gflops": 100.0},
-            {"name": "g", "group": "rows", "gbytes": {"native": 5.0, "plain": 1.0}, "copy_gbytes": 20.0},
+            {"name": "g", "group": "rows", "gbytes": {"native": 5.0, "plain": 1.0, "limit": 20.0}},
             {"name": "t", "group": "training step", "minimum_ms": {"static": 1.0, "SP-Net": 2.0}},
             {"name": "b", "group": "blocks", "blocks": ["1.0", "1.1"], "block_us": [3.0, 4.0], "rates": [0.5, 1.0]},
         ],
@@ -145,7 +145,11 @@ def test_readme(results, tmp_path):
     assert "stale" not in got
     assert "2026-01-03" in got
     assert "![speed-up](bench/results/new/speed-up.png)" in got
-    assert "[old](bench/results/old.md)" in got
+    assert "[new](bench/results/new.md), [old](bench/results/old.md)." in got
+    # Half of the block executions only, and every loss.
+    assert "batch 16, 50% executed | `walk`" in got
+    assert "batch 16, 100% executed | `walk`" not in got
+    assert "**Where spnet loses:** net, float32, batch 1" in got
     assert benchmarks.update_readme(got, folder, "bench/results") == got
     with pytest.raises(ValueError, match="README: expected"):
         benchmarks.update_readme("", folder, "bench/results")
@@ -159,4 +163,4 @@ def test_commands(results, tmp_path):
     assert "0 of 4 cells" in run.output
     run = CliRunner().invoke(main, ["bench", "--readme", str(readme), "--out", str(file.parent)])
     assert run.exit_code == 0, run.output
-    assert "![blocks](results/a/blocks.png)" in readme.read_text()
+    assert "![accuracy](results/a/accuracy.png)" in readme.read_text()
