@@ -19,6 +19,7 @@ from spnet.analysis.pictures import write_pictures
 from spnet.api import IMPLEMENTATIONS
 from spnet.demo import run_demo
 from spnet.models.files import CONFIG
+from spnet.models.hub import model_card
 from spnet.training import TrainConfig, Trainer, distributed, evaluate
 from spnet.training.data import DATASETS, Loader, load_dataset, make_loader
 
@@ -168,18 +169,25 @@ def evaluate_(model: str, data: str, data_root: str | None, batch_size: int, imp
 @_data_options
 @click.option("--limit", type=click.IntRange(1), help="Only so many images.")
 @click.option("--out", type=click.Path(path_type=Path), default="paths", help="Folder for the pictures.")
-def paths(model: str, data: str, data_root: str | None, batch_size: int, limit: int | None, out: Path) -> None:
+@click.option("--card", type=click.Path(path_type=Path), help="Also write a model card with the statistics.")
+def paths(
+    model: str, data: str, data_root: str | None, batch_size: int, limit: int | None, out: Path, card: Path | None
+) -> None:
     """Statistics and pictures of the paths that test images take through MODEL.
 
     \b
     Example:
       spnet paths fashion-mnist --limit 1000 --out paths
+      spnet paths runs/spnet/best --data cifar10 --card runs/spnet/best/README.md
     """
     images = load_dataset(data, "test", data_root)
     if limit is not None:
         images = images.subset(min(limit, len(images)))
-    stats = spnet.paths(_load(model), Loader(images, batch_size, train=False))
+    network = _load(model)
+    stats = spnet.paths(network, Loader(images, batch_size, train=False))
     click.echo(stats)
+    if card is not None:
+        card.write_text(model_card(network, stats))
     for path in write_pictures(stats, images.images.permute(0, 2, 3, 1), out):
         click.echo(path)
 

@@ -76,8 +76,11 @@ def test_train_eval_paths(tmp_path, data):
     run("train", "--config", f"{out}/config.json", "--resume")
     text = run("eval", f"{out}/best", *data_set)
     assert "32 samples: accuracy" in text
-    text = run("paths", f"{out}/best", *data_set, "--limit", "12", "--out", str(tmp_path / "pictures"))
+    card = tmp_path / "README.md"
+    pictures = ["--out", str(tmp_path / "pictures"), "--card", str(card)]
+    text = run("paths", f"{out}/best", *data_set, "--limit", "12", *pictures)
     assert text.startswith("12 samples")
+    assert text[: text.index(str(tmp_path))].strip() in card.read_text()
     assert (tmp_path / "pictures" / "rates.png").exists()
 
 

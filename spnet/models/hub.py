@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spnet.analysis.macs import count_macs
 from spnet.models.files import CONFIG, WEIGHTS, load_model, save_model, write_whole
 from spnet.models.resnet import SPNet
 from spnet.routing import routed_blocks
 
+if TYPE_CHECKING:
+    from spnet.analysis.paths import PathStatistics
+
 CARD = "README.md"
 _LISTED_CLASSES = 20
 
 
-def save_pretrained(model: SPNet, folder: str | Path) -> None:
+def save_pretrained(model: SPNet, folder: str | Path, statistics: PathStatistics | None = None) -> None:
     """See :meth:`spnet.SPNet.save_pretrained`."""
     save_model(model, folder)
-    write_whole(Path(folder) / CARD, model_card(model).encode())
+    write_whole(Path(folder) / CARD, model_card(model, statistics).encode())
 
 
 def from_pretrained(folder_or_repo_id: str | Path, revision: str | None = None) -> SPNet:
@@ -40,8 +44,12 @@ def from_pretrained(folder_or_repo_id: str | Path, revision: str | None = None) 
     return load_model(snapshot_download(repo_id, revision=revision, allow_patterns=[WEIGHTS, CONFIG]))
 
 
-def model_card(model: SPNet) -> str:
-    """Markdown that describes a network by what the network itself tells; it states no accuracy.
+def model_card(model: SPNet, statistics: PathStatistics | None = None) -> str:
+    """Markdown that describes a network by what it tells itself, and by the paths of test images through it.
+
+    Args:
+        model: routed or static.
+        statistics: of :func:`spnet.paths`; without them the card states no accuracy and no execution rates.
 
     Raises:
         ValueError: a model that create_model did not make.
@@ -79,6 +87,18 @@ def model_card(model: SPNet) -> str:
     run = "logits, paths = spnet.fast_forward(model, x, return_paths=True)" if routed else "logits = model(x)"
     options = "".join(f", {k}={v!r}" for k, v in model.config.items() if k != "name")
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    measured = "No accuracy is stated, as none is recorded with the weights."
+    if statistics is not None:
+        measured = f"""## Measured
+
+```
+{statistics}
+```
+
+## Limits
+
+Whatever it is shown, it answers with one of its classes. Accuracy, cost and execution rates hold for images like
+those that were measured, in the size and with the pixel statistics above; others may take other paths."""
     return f"""---
 library_name: spnet
 pipeline_tag: image-classification
@@ -95,7 +115,9 @@ A residual network of {sum(blocks)} blocks in {len(blocks)} stages ({", ".join(m
 |---|---|
 {table}
 
-No accuracy is stated, as none is recorded with the weights.
+{measured}
+
+## Use
 
 ```python
 import spnet

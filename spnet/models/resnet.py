@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spnet.routing import ResidualBlock, RoutedBlock, RoutedSequential, Router
+
+if TYPE_CHECKING:
+    from spnet.analysis.paths import PathStatistics
 
 
 class SPNetOutput(NamedTuple):
@@ -153,16 +156,17 @@ class SPNet(nn.Module):
         x = self.features(x)
         return self.heads[-1](Router.pool(x).to(x.dtype))
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, statistics: PathStatistics | None = None) -> None:
         """Write a folder as the Hugging Face Hub has them: that of :func:`spnet.save_model`, and a model card.
 
-        The card (README.md) is made from the network: architecture, data, classes, cost, how to run it.
+        The card (README.md) is made from the network: architecture, data, classes, cost, how to run it; with
+        statistics, those of :func:`spnet.paths` on a test set, also accuracy per class and execution rates.
 
-        Args and errors as in :func:`spnet.save_model`.
+        Other args and errors as in :func:`spnet.save_model`.
         """
         from spnet.models.hub import save_pretrained  # it builds networks, so it imports this file
 
-        save_pretrained(self, folder)
+        save_pretrained(self, folder, statistics)
 
     @staticmethod
     def from_pretrained(folder_or_repo_id: str | Path, *, revision: str | None = None) -> SPNet:

@@ -108,6 +108,18 @@ def test_card_tells_what_the_network_is(network):
     assert f"executed, {skipped / 1e6:.4g} MMACs with none |" in card
 
 
+def test_card_with_what_was_measured(network, tmp_path):
+    network.data = DATA
+    statistics = spnet.paths(network, (torch.randn(8, 1, 32, 32), torch.arange(8)))
+    network.save_pretrained(tmp_path, statistics)
+    card = (tmp_path / CARD).read_text()
+    assert card == model_card(network, statistics)
+    assert f"8 samples, accuracy {statistics.accuracy:.2%}" in card
+    assert str(statistics) in card
+    assert "## Limits" in card
+    assert "No accuracy is stated" not in card
+
+
 def test_card_of_a_model_in_training_leaves_it_alone(network):
     network.train()
     before = copy.deepcopy(network.state_dict())
