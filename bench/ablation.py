@@ -1,0 +1,309 @@
+"""What each regularizer of SP-Net does: accuracy, cost, measured time, path churn and evolution alignment.
+
+    python -m bench.ablation --out runs/ablation
+
+Trains on Fashion-MNIST, for every seed: a static network; from its weights, for as many epochs again, the static
+network itself and, for every target rate, the routed network under four objectives. All else is equal: data, order,
+augmentation, learning rates and initial weights of the routers. Every run is a folder of `spnet train`, so a study
+that was stopped goes on where it was. Then all networks are timed by `spnet.fast_forward` in one process, taking
+turns, and the results go to DIR/results.json, DIR/README.md and DIR/curves.png.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+
+import click
+import torch
+from matplotlib.figure import Figure
+
+import spnet
+from bench.timing import take_turns
+from spnet.analysis.benchmarks import table
+from spnet.analysis.pictures import DPI, WIDTH
+from spnet.analysis.stability import evolution_alignment
+from spnet.models.files import load_model
+from spnet.training import Evaluation, TrainConfig, Trainer, evaluate
+from spnet.training.data import Loader, load_dataset
+
+STATIC = "static"
+# L_path and L_logits are what the momentum-updated auxiliary module is for, so they come and go together.
+OBJECTIVES = {
+    "L_act only": {"weight_path": 0.0, "weight_logits": 0.0, "weight_evolution": 0.0},
+    "+ path": {"weight_evolution": 0.0},
+    "+ evolution": {"weight_path": 0.0, "weight_logits": 0.0},
+    "SP-Net": {},
+}
+COLOURS = dict(zip(OBJECTIVES, ["#666666", "#2f6fab", "#d68910", "#c0392b"], strict=True))
+BATCH = 500
+# Test images, the first ones: for every epoch's evaluation and churn, for its alignment, and for the clock.
+EVERY_EPOCH, ALIGNED, TIMED = 2000, 500, 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The size of a study; a run of it is named by seed, objective and target rate."""
+
+    out: str
+    model: str
+    images: int
+    epochs: int
+    seeds: int
+    rates: tuple[float, ...]
+    device: str
+    jobs: int
+
+    def runs(self) -> list[tuple[int, str, float | None]]:
+        """Everything that starts from a seed's static network."""
+        routed = itertools.product(range(self.seeds), OBJECTIVES, self.rates)
+        return [*((seed, STATIC, None) for seed in range(self.seeds)), *routed]
+
+    def folder(self, seed: int, objective: str, rate: float | None) -> Path:
+        words = [objective.replace("+ ", "").replace(" ", "-").lower(), *([] if rate is None else [str(rate)])]
+        return Path(self.out) / f"seed{seed}" / "-".join(words)
+
+    def start(self, seed: int) -> Path:
+        return Path(self.out) / f"seed{seed}" / "start"
+
+    def config(self, out: Path, seed: int, **settings) -> TrainConfig:
+        # The learning rate falls after 60 and 85 % of the epochs.
+        milestones = round(self.epochs * 0.6), round(self.epochs * 0.85)
+        common = dict(model=self.model, data="fashion-mnist", epochs=self.epochs, milestones=milestones, seed=seed)
+        return TrainConfig(out=str(out), device=self.device, compile=True, **common, **settings)
+
+
+class _Watched(Trainer):
+    """Notes the evolution alignment of every epoch."""
+
+    def evaluate(self, impl: str = "auto") -> Evaluation:
+        model = self.model.eval()
+        value = evolution_alignment(model, itertools.islice(self.test_loader, ALIGNED // BATCH), self.device)
+        with open(self.run / "alignment.jsonl", "a") as f:
+            f.write(json.dumps({"epoch": self.epoch, "alignment": value}) + "\n")
+        return super().evaluate(impl)
+
+
+def _train(study: Study, config: TrainConfig) -> None:
+    out = Path(config.out)
+    if _epochs(out)[config.epochs - 1 :]:
+        return
+    loaders = dict(
+        train_loader=_loader("train", study.images, config.batch_size, device=config.device, seed=config.seed),
+        test_loader=_loader("test", EVERY_EPOCH, BATCH, device=config.device),
+    )
+    began = time.perf_counter()
+    result = _Watched(config, **loaders).fit(resume=(out / "last").exists())
+    print(f"{out}: {result.accuracy:.2%} in {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def _loader(split: str, images: int, batch_size: int, **options) -> Loader:
+    """Of the first images of a split."""
+    data = load_dataset("fashion-mnist", split)
+    data = dataclasses.replace(data, images=data.images[:images], labels=data.labels[:images])
+    return Loader(data, batch_size, train=split == "train", **options)
+
+
+def _epochs(run: Path) -> list[dict]:
+    """The finished epochs of a run."""
+    log = run / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [line for line in lines if line["kind"] == "epoch"]
+
+
+def configs(study: Study) -> tuple[list[TrainConfig], list[TrainConfig]]:
+    """The static networks that all start from, and the runs that start from them."""
+    starts = [study.config(study.start(seed), seed, static=True) for seed in range(study.seeds)]
+    rest = []
+    for seed, objective, rate in study.runs():
+        settings = dict(static=True) if objective == STATIC else dict(target_rate=rate, **OBJECTIVES[objective])
+        init = str(study.start(seed) / "last")
+        rest.append(study.config(study.folder(seed, objective, rate), seed, init=init, **settings))
+    return starts, rest
+
+
+def train(study: Study) -> None:
+    threads = max(1, torch.get_num_threads() // study.jobs)
+    with multiprocessing.get_context("spawn").Pool(study.jobs, torch.set_num_threads, (threads,)) as pool:
+        for independent in configs(study):
+            pool.map(functools.partial(_train, study), independent, chunksize=1)
+
+
+def measure(study: Study) -> dict[tuple, dict]:
+    """Every network on all test images, and its milliseconds per image in batches of 100."""
+    test = _loader("test", 10000, BATCH, device=study.device)
+    x = next(iter(_loader("test", TIMED, TIMED, device=study.device)))[0]
+    batches, calls, found = x.split(100), {}, {}
+
+    def forward(model: spnet.SPNet) -> None:
+        for part in batches:
+            spnet.fast_forward(model, part)
+
+    for run in study.runs():
+        model = load_model(study.folder(*run) / "last").eval().to(study.device, memory_format=torch.channels_last)
+        calls[run] = functools.partial(forward, model)
+        tested = evaluate(model, test, device=study.device)
+        found[run] = {"accuracy": tested.accuracy, "macs": tested.macs, "dense_macs": tested.dense_macs}
+    for run, times in take_turns(calls, 120.0).items():
+        found[run]["ms_per_image"] = min(times) * 1e3 / TIMED
+    return found
+
+
+def collect(study: Study, measured: dict[tuple, dict]) -> dict:
+    """Everything measured, as one JSON value."""
+    found = []
+    for run in study.runs():
+        epochs = _epochs(study.folder(*run))
+        lines = (study.folder(*run) / "alignment.jsonl").read_text().splitlines()
+        alignment = {line["epoch"]: line["alignment"] for line in map(json.loads, lines)}
+        found.append(
+            {
+                **dict(zip(("seed", "objective", "rate"), run, strict=True)),
+                **measured[run],
+                "epochs": {
+                    "accuracy": [e["test"]["accuracy"] for e in epochs],
+                    "churn": [e["test"].get("churn") for e in epochs],
+                    "alignment": [alignment[e] for e in sorted(alignment)],
+                },
+            }
+        )
+    info = spnet.build_info()
+    if study.device == "cuda":
+        info["device"] = torch.cuda.get_device_name()
+    settings = {k: v for k, v in dataclasses.asdict(study).items() if k != "out"}
+    return {"machine": info, "date": time.strftime("%Y-%m-%d"), "study": settings, "runs": found}
+
+
+def summarise(results: dict) -> dict[tuple[str, float | None], dict[str, list[float]]]:
+    """For every objective and rate the value of each seed: what the table shows."""
+    found: dict[tuple, dict[str, list[float]]] = {}
+    for run in results["runs"]:
+        values = found.setdefault((run["objective"], run["rate"]), {})
+        churn = [c for c in run["epochs"]["churn"] if c is not None]
+        row = {
+            "accuracy": 100 * run["accuracy"],
+            "macs": 100 * run["macs"] / run["dense_macs"],
+            "ms": run["ms_per_image"],
+            "churn": 100 * statistics.mean(churn) if churn else None,
+            "last churn": 100 * churn[-1] if churn else None,
+            "alignment": run["epochs"]["alignment"][-1],
+        }
+        for name, value in row.items():
+            if value is not None:
+                values.setdefault(name, []).append(value)
+    return found
+
+
+def _spread(values: list[float] | None, digits: int) -> str:
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def markdown(results: dict) -> str:
+    study = results["study"]
+    machine = ", ".join(f"{k} {v}" for k, v in results["machine"].items() if k in _MACHINE)
+    lines = ["# What each regularizer of SP-Net does", "", __doc__.split("\n\n", 2)[2].strip(), ""]
+    lines += [
+        f"{machine}; {results['date']}. {study['model']}, {study['epochs']} epochs of the first {study['images']} "
+        f"training images of Fashion-MNIST, {study['seeds']} seeds: mean ± standard deviation over them. Accuracy and "
+        "cost (of the dense network's MACs) are of all 10,000 test images after the last epoch. Churn is the share of "
+        f"decisions, of the first {EVERY_EPOCH} test images, that flip between consecutive epochs: the mean over all "
+        "epochs and that of the last one. Alignment is the mean cosine of successive feature differences, of "
+        f"{ALIGNED} test images after the last epoch. "
+        '"+ path" adds the auxiliary module with L_path and L_logits, "+ evolution" adds L_evo, SP-Net both.',
+        "",
+    ]
+    head = ["objective", "target rate", "accuracy, %", "MACs, %", "ms per image", "churn, %", "last churn, %"]
+    rows = []
+    for (objective, rate), values in summarise(results).items():
+        columns = [("accuracy", 2), ("macs", 1), ("ms", 4), ("churn", 2), ("last churn", 2), ("alignment", 3)]
+        shown = [_spread(values.get(name), digits) for name, digits in columns]
+        rows.append([objective, "" if rate is None else f"{rate:g}", *shown])
+    lines += table([*head, "alignment"], rows)
+    return "\n".join([*lines, "![curves](curves.png)", ""])
+
+
+_MACHINE = ("cpu", "device", "cpu_level", "threads", "torch")
+
+
+def curves(results: dict) -> Figure:
+    """Accuracy, churn and alignment over epochs, a column per target rate; lines are means, bands the seeds' range."""
+    rates = results["study"]["rates"]
+    fig = Figure((WIDTH, 7), DPI, layout="constrained")
+    axes = fig.subplots(3, len(rates), sharex=True, sharey="row", squeeze=False)
+    rows = [("accuracy", "test accuracy"), ("churn", "path churn"), ("alignment", "evolution alignment")]
+    for (key, label), line in zip(rows, axes, strict=True):
+        line[0].set_ylabel(label)
+        for rate, ax in zip(rates, line, strict=True):
+            for objective, colour in COLOURS.items():
+                _band(ax, _series(results, objective, rate, key), colour, objective)
+            if key != "churn":
+                _band(ax, _series(results, STATIC, None, key), "black", STATIC, ls=":")
+    for rate, top, bottom in zip(rates, axes[0], axes[-1], strict=True):
+        top.set_title(f"target rate {rate:g}", size=10)
+        bottom.set_xlabel("epoch")
+    axes[0][0].legend(fontsize=8, frameon=False)
+    return fig
+
+
+def _series(results: dict, objective: str, rate: float | None, key: str) -> torch.Tensor:
+    """[seeds, epochs], NaN where there is no value."""
+    of = [r["epochs"][key] for r in results["runs"] if (r["objective"], r["rate"]) == (objective, rate)]
+    return torch.tensor([[float("nan") if v is None else v for v in values] for values in of])
+
+
+def _band(ax, values: torch.Tensor, colour: str, label: str, ls: str = "-") -> None:
+    x = range(1, values.shape[1] + 1)
+    ax.plot(x, values.mean(0), ls, color=colour, label=label)
+    ax.fill_between(x, values.amin(0), values.amax(0), color=colour, alpha=0.12, lw=0)
+
+
+def write(results: dict, out: Path) -> None:
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "README.md").write_text(markdown(results))
+    curves(results).savefig(out / "curves.png")
+
+
+def _numbers(context, parameter, text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+@click.command()
+@click.option("--out", default="runs/ablation", help="Folder of the runs and of the results.")
+@click.option("--model", help="Default: resnet32_cifar on a GPU, resnet20_cifar on a CPU.")
+@click.option("--images", type=int, help="Training images, the first ones. Default: all on a GPU, 10240 on a CPU.")
+@click.option("--epochs", type=int, help="Default: 20 on a GPU, 6 on a CPU.")
+@click.option("--seeds", type=int, default=3)
+@click.option("--rates", default="0.3,0.5,0.7", callback=_numbers, help="Target rates.")
+@click.option("--jobs", type=int, help="Networks trained at once. Default: 8 on a GPU, one per core on a CPU.")
+@click.option("--report", is_flag=True, help="Only write the table and the curves again.")
+def main(out, model, images, epochs, seeds, rates, jobs, report) -> None:
+    """Train and compare; sized to the machine it finds."""
+    if report:
+        write(json.loads((Path(out) / "results.json").read_text()), Path(out))
+        return
+    gpu = torch.cuda.is_available()
+    study = Study(
+        out=out,
+        model=model or ("resnet32_cifar" if gpu else "resnet20_cifar"),
+        images=images or (60000 if gpu else 10240),
+        epochs=epochs or (20 if gpu else 6),
+        seeds=seeds,
+        rates=rates,
+        device="cuda" if gpu else "cpu",
+        jobs=jobs or (8 if gpu else torch.get_num_threads()),
+    )
+    train(study)
+    write(collect(study, measure(study)), Path(out))
+
+
+if __name__ == "__main__":
+    main()
