@@ -6,13 +6,45 @@ SETUP := $(VENV)/.set-up
 VISION := .venv-vision
 NATIVE := CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-vision lint format bench clean
+.PHONY: demo test sanitize sanitize-address sanitize-thread test-vision lint format bench clean
 
 demo: $(SETUP)
 	$(BIN)/spnet demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The native core under AddressSanitizer with UndefinedBehaviorSanitizer, and its threads under ThreadSanitizer. Only
+# the core is instrumented; the sanitizer is loaded before Python, so that it also hands out the memory of tensors. Left
+# out is what compiles, starts another core, or walks the same ways with other numbers.
+sanitize:
+	$(MAKE) --no-print-directory --jobs=$$(nproc) --output-sync=target sanitize-address sanitize-thread
+
+CORE_TESTS := tests/test_native.py tests/test_walk_core.py tests/test_watch.py tests/test_cuda_walk.py
+
+sanitize-address: build/address/_core.so
+	$(call under,asan) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/sanitize.py $< \
+	  $(CORE_TESTS) tests/execution/test_kept.py tests/execution/test_plan_files.py \
+	  -k "not (compile or opcheck or cuda_kernels or exit_with or bad_sample or changes_no_bit)"
+
+sanitize-thread: build/thread/_core.so
+	$(call under,tsan) TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 $(BIN)/python tests/sanitize.py $< \
+	  $(CORE_TESTS) tests/execution/test_walk.py -k "thread or every_place or (cuda_walk and forced_paths and 5)"
+
+# With addresses that are not random, where the system lets it: the shadow memory of GCC 12 needs them on new kernels.
+under = $(FIXED_ADDRESSES) env LD_PRELOAD="$(call library,$1) $(call library,stdc++)"
+library = $(shell $(CXX) -print-file-name=lib$1.so)
+FIXED_ADDRESSES = $(shell setarch --addr-no-randomize true 2>/dev/null && echo setarch --addr-no-randomize)
+
+build/address/_core.so: SANITIZERS := address,undefined,float-cast-overflow
+build/thread/_core.so: SANITIZERS := thread
+build/%/_core.so: $(SETUP) $(NATIVE)
+	$(BIN)/cmake -S . -B $(@D) -G "Unix Makefiles" -DCMAKE_CXX_COMPILER=$(CXX) -DCMAKE_BUILD_TYPE= \
+	  -DCMAKE_CXX_FLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all" \
+	  -DSPNET_CUDA=OFF -DSPNET_MODULE_NAME=$(@F) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(MAKE) -C $(@D)
+	touch $@
 
 test-vision: $(VISION)/.set-up
 	$(VISION)/bin/python -m pytest tests/vision tests/models tests/execution tests/test_api.py tests/test_routing.py

@@ -6,6 +6,10 @@
 #include <stdexcept>
 #include <utility>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "bfloat16.h"
 
 namespace spnet::cpu {
@@ -16,6 +20,15 @@ constexpr int64_t kLineBytes = 64;
 // Of one thread, to leave room in its core's cache for the weights of a block.
 constexpr int64_t kWorkspaceBytes = 768 << 10;
 constexpr int64_t kMostSamples = 8;
+
+// Behind each buffer of a workspace, so that AddressSanitizer sees who writes beyond it.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kGuardBytes = kLineBytes;
+void guard(const void* begin) { __asan_poison_memory_region(begin, kGuardBytes); }
+#else
+constexpr int64_t kGuardBytes = 0;
+void guard(const void*) {}
+#endif
 
 int64_t whole_lines(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
 
@@ -114,7 +127,7 @@ const float* PackedPlan::pack_linear_weight(const float* weight, int64_t outputs
 
 void PackedPlan::measure() {
   const auto grow = [](int64_t& bytes, int64_t elements, int64_t element_bytes) {
-    bytes = std::max(bytes, whole_lines(elements * element_bytes));
+    bytes = std::max(bytes, whole_lines(elements * element_bytes) + kGuardBytes);
   };
   const auto map = [&](int64_t& bytes, int64_t channels, int64_t height, int64_t width) {
     const int64_t pixels = vectors(channels) * (height + 2) * (width + 2) + kSlackPixels;
@@ -147,7 +160,11 @@ std::unique_ptr<Workspace> PackedPlan::make_workspace() const {
   std::unique_ptr<Workspace> result(
       new Workspace{AlignedFloats(workspace_bytes() / sizeof(float)), {}, {}, {}});
   float* next = result->memory.get();
-  const auto take = [&](int64_t bytes) { return std::exchange(next, next + bytes / sizeof(float)); };
+  const auto take = [&](int64_t bytes) {
+    float* const end = next + bytes / sizeof(float);
+    if (bytes > 0) guard(end - kGuardBytes / sizeof(float));
+    return std::exchange(next, end);
+  };
   result->middle.data = take(middle_bytes_);
   result->hidden = take(hidden_bytes_);
   result->samples.resize(workspace_samples());
