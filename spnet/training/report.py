@@ -84,7 +84,14 @@ def write_report(
     if loader is None:
         root = data_root if data_root is not None else config.data_root
         loader = make_loader(
-            config.data, "test", root=root, batch_size=config.batch_size, device=device, workers=config.workers
+            config.data,
+            "test",
+            root=root,
+            batch_size=config.batch_size,
+            device=device,
+            workers=config.workers,
+            image_size=config.image_size,
+            bad_shards=config.bad_shards,
         )
     blocks = tuple(routed_blocks(model))
     alignment = evolution_alignment(model, _first(loader, limit), device)

@@ -160,6 +160,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         data = dict(root=config.data_root, batch_size=config.batch_size, device=self.device, seed=config.seed)
         data |= dict(workers=config.workers, shard=(self.rank, self.ranks))
+        data |= dict(image_size=config.image_size, bad_shards=config.bad_shards)
         self.train_loader = train_loader or make_loader(config.data, "train", **data)
         self.test_loader = test_loader or make_loader(config.data, "test", **data)
         t = self.train_loader
@@ -318,11 +319,13 @@ class Trainer:
         if not config.static:
             test["churn"] = None if before is None else path_churn(before, decisions)
         self.epoch, self.batch, self._sums, self._decisions = self.epoch + 1, 0, {}, decisions
+        (bad,) = distributed.sum_over_ranks([self.train_loader.bad_shards + self.test_loader.bad_shards])
         self._write(
             "epoch",
             self.step,
             epoch=self.epoch,
             lr=lr,
+            **({"bad_shards": int(bad)} if config.data == "webdataset" else {}),
             **self.throughput,
             train=means,
             test=test,
