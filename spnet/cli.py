@@ -160,8 +160,9 @@ def evaluate_(model: str, data: str, data_root: str | None, batch_size: int, imp
     Example:
       spnet eval fashion-mnist --data fashion-mnist
     """
-    loader = make_loader(data, "test", root=data_root, batch_size=batch_size)
-    click.echo(_describe(evaluate(_load(model), loader, impl=impl, threshold=threshold)))
+    network = _load(model)
+    loader = make_loader(data, "test", root=data_root, batch_size=batch_size, image_size=network.input_size)
+    click.echo(_describe(evaluate(network, loader, impl=impl, threshold=threshold)))
 
 
 @main.command()

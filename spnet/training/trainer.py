@@ -131,7 +131,8 @@ class Trainer:
     training executes (every block, skipped or not; twice as many backward as forward; the auxiliary module's forward),
     and ``test_images_per_second`` and ``test_macs_per_second``, those that the paths of the test images execute.
     With routers its ``test`` has ``churn``, the fraction of the test samples' decisions that flipped since the epoch
-    before (:func:`spnet.analysis.stability.path_churn`; None for the first).
+    before (:func:`spnet.analysis.stability.path_churn`; None for the first). With shards there is ``bad_shards``, how
+    many could not be read so far, on all ranks.
 
     In a job of several ranks (:func:`spnet.training.distributed.job`) each trains on its part of every batch, all hold
     the same weights, auxiliary module and statistics after every step, and rank 0 writes; ``config.out`` must be one

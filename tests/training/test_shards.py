@@ -232,6 +232,8 @@ def test_training_from_shards_by_the_command(tmp_path):
     log = (tmp_path / "run" / "log.jsonl").read_text()
     assert '"step": 2' in log
     assert '"bad_shards": 1' in log
+    best = str(tmp_path / "run" / "best")
+    assert "3 samples: accuracy" in run("eval", best, "--data", "webdataset", "--data-root", str(tmp_path))
     run("report", str(tmp_path / "run"))
     assert "Paths of 3 samples" in (tmp_path / "run" / "report.html").read_text()
     assert "1 of 3 shards cannot be read" in fail(*command, "--bad-shards", "raise")
