@@ -139,11 +139,16 @@ def _index(url: str) -> tuple[str, Shard | str]:
         if not labels:
             raise ValueError(f"{url}: no samples")
     except _UNREADABLE as e:
-        return url, f"{url}: {type(e).__name__}: {e}"
+        return url, f"{url}: {_why(e)}"
     shard = Shard(url, len(labels), tuple(sorted(set(labels))))
     base.mkdir(parents=True, exist_ok=True)
     write_whole(kept, json.dumps(asdict(shard)).encode())
     return url, shard
+
+
+def _why(error: Exception) -> str:
+    # Not str(error): webdataset appends streams and URLs to an exception's arguments.
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or next(iter(error.args), '')}"
 
 
 def _read(url: str) -> Iterator[tuple[str, bytes, int]]:
@@ -299,9 +304,9 @@ class ShardLoader(DecodingLoader):
                             raise ValueError(f"fewer than the {shard.samples} samples that it had")
                 except _UNREADABLE as e:
                     if not self._skip:
-                        raise ValueError(f"{shard.url}: cannot be read any more ({type(e).__name__}: {e})") from e
+                        raise ValueError(f"{shard.url}: cannot be read any more ({_why(e)})") from e
                     self.bad_shards += 1
-                    print(f"skipping {shard.url}: cannot be read any more ({type(e).__name__}: {e})", file=sys.stderr)
+                    print(f"skipping {shard.url}: cannot be read any more ({_why(e)})", file=sys.stderr)
                 if place == end:
                     break
             else:

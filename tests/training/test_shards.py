@@ -151,6 +151,8 @@ def test_bad_shards_are_left_out_and_counted_or_an_error(folder, capsys, cut):
     printed = capsys.readouterr().err
     assert "skipping 4 of 9 shards that cannot be read" in printed
     assert all(name in printed for name in bad)
+    assert "train-6.tar: ReadError: invalid header\n" in printed
+    assert "train-8.tar: FileNotFoundError: No such file or directory\n" in printed
     with pytest.raises(ValueError, match="4 of 9 shards cannot be read, such as .*train-5.tar: "):
         index_shards(urls, "raise")
     with pytest.raises(ValueError, match="1 of 1 shards cannot be read, such as .*train-8.tar: FileNotFoundError"):
