@@ -1,4 +1,4 @@
-"""The ``spnet`` command: demo, train, eval, paths, bench, info."""
+"""The ``spnet`` command: demo, train, eval, paths, report, bench, info."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from spnet.models.files import CONFIG
 from spnet.models.hub import model_card
 from spnet.training import TrainConfig, Trainer, distributed, evaluate
 from spnet.training.data import DATASETS, Loader, load_dataset, make_loader
+from spnet.training.report import write_report
 
 
 class _Group(click.Group):
@@ -160,8 +161,9 @@ def evaluate_(model: str, data: str, data_root: str | None, batch_size: int, imp
     Example:
       spnet eval fashion-mnist --data fashion-mnist
     """
-    loader = make_loader(data, "test", root=data_root, batch_size=batch_size)
-    click.echo(_describe(evaluate(_load(model), loader, impl=impl, threshold=threshold)))
+    network = _load(model)
+    loader = make_loader(data, "test", root=data_root, batch_size=batch_size, image_size=network.input_size)
+    click.echo(_describe(evaluate(network, loader, impl=impl, threshold=threshold)))
 
 
 @main.command()
@@ -190,6 +192,22 @@ def paths(
         card.write_text(model_card(network, stats))
     for path in write_pictures(stats, images.images.permute(0, 2, 3, 1), out):
         click.echo(path)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The page; default: report.html in RUN.")
+@click.option("--data-root", help="Folder of the data set, where it is another than in training.")
+@click.option("--limit", type=click.IntRange(1), help="Only so many test images.")
+@click.option("--device", default="cpu", help="Where the checkpoint runs.")
+def report(run: Path, out: Path | None, data_root: str | None, limit: int | None, device: str) -> None:
+    """One HTML page about RUN, the folder of a training run: curves, paths of the test images, settings.
+
+    \b
+    Example:
+      spnet report runs/spnet
+    """
+    click.echo(write_report(run, out, data_root=data_root, limit=limit, device=device))
 
 
 @main.command()

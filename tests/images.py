@@ -1,10 +1,13 @@
-"""Shared by the tests of the data: small sets, in memory and as files, and the comparison of batches."""
+"""Shared by the tests of the data: small sets, in memory and as files and shards, and the comparison of batches."""
 
 import gzip
+import io
 import struct
+import tarfile
 
 import numpy as np
 import torch
+from PIL import Image
 
 from spnet.training.datasets import ImageSet
 
@@ -37,6 +40,25 @@ def write_fashion_mnist(folder, split="test", n=7, suffix="", labels=None):
         path = folder / f"{prefix}-{name}-ubyte{suffix}"
         path.write_bytes(gzip.compress(content) if suffix == ".gz" else content)
     return images, labels
+
+
+def jpg(value, kind="JPEG"):
+    """An encoded image of 40 x 30 pixels, another one for every value up to 19."""
+    data = io.BytesIO()
+    image = Image.radial_gradient("L").resize((40, 30)).point(lambda p: (p + 13 * value) % 256)
+    image.convert("RGB").save(data, kind)
+    return data.getvalue()
+
+
+def write_shard(path, labels, files=lambda label: {"jpg": jpg(label), "cls": str(label).encode()}):
+    """A tar file of a sample per label: what `files` gives for it, by file name extension."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i, label in enumerate(labels):
+            for kind, data in files(label).items():
+                member = tarfile.TarInfo(f"{i:04d}.{kind}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def batches_equal(a, b):

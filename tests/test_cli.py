@@ -33,7 +33,7 @@ def data(tmp_path):
     return str(folder)
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "paths", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "paths", "report", "info"])
 def test_help_shows_an_example(command):
     assert "Example" in run(command, "--help")
     assert f"spnet {command}" in run(command, "--help")
@@ -82,6 +82,9 @@ def test_train_eval_paths(tmp_path, data):
     assert text.startswith("12 samples")
     assert text[: text.index(str(tmp_path))].strip() in card.read_text()
     assert (tmp_path / "pictures" / "rates.png").exists()
+    page = tmp_path / "page.html"
+    assert run("report", out, "--limit", "12", "--out", str(page)) == f"{page}\n"
+    assert "Paths of 12 samples" in page.read_text()
 
 
 def test_info():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -37,6 +37,12 @@ class PathStatistics:
 
     def __len__(self) -> int:
         return len(self.macs)
+
+    def subset(self, positions: Tensor) -> PathStatistics:
+        """The statistics of the samples at these positions (int64 [M]), in that order."""
+        per_sample = ("decisions", "macs", "predictions", "losses", "labels")
+        chosen = {name: None if (v := getattr(self, name)) is None else v[positions] for name in per_sample}
+        return replace(self, **chosen)
 
     @property
     def count(self) -> str:

@@ -191,7 +191,7 @@ def _route(name: str, block: nn.Module, router_width: int, router_dropout: float
     shortcut, body = total.args if body_is_second else reversed(total.args)
     if _overwrites(block, graph, cut, total) or _overwrites(block, graph, x, total):
         raise refuse("overwrites its input, which the shortcut still needs")
-    if block._forward_hooks or block._forward_pre_hooks or block._backward_hooks:
+    if block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks:
         raise refuse("has a hook, which would be lost")
     block.training = not block.training
     try:
@@ -328,7 +328,7 @@ def forward_training(model: nn.Module, x: Tensor) -> SPNetOutput:
         x: input batch [B, ...].
 
     Raises:
-        ValueError: a model without RoutedBlocks, or in evaluation mode.
+        ValueError: a model without RoutedBlocks, in evaluation mode, or with a block that its forward does not call.
     """
     blocks = routed_blocks(model)
     if not blocks or not model.training:
@@ -336,6 +336,9 @@ def forward_training(model: nn.Module, x: Tensor) -> SPNetOutput:
         raise ValueError(f"model: expected RoutedBlocks in training mode, but {type(model).__name__} {wrong}")
     with active(_TrainingRun()) as run:
         output = model(x)
+    idle = [name for name, block in blocks.items() if block not in run.routings]
+    if idle:
+        raise ValueError(f"model: the forward of {type(model).__name__} did not call block {idle[0]!r}")
     routings = [run.routings[block] for block in blocks.values()]
     pooled = [Router.pool(r.output) for r in routings]
     features = tuple(torch.stack(list(stage), 1) for _, stage in groupby(pooled, key=lambda p: p.shape[1]))

@@ -19,8 +19,8 @@ class TrainConfig:
     """
 
     model: str = "resnet110_cifar"  # a name of spnet.list_models()
-    data: str = "cifar10"  # fashion-mnist, cifar10, cifar100 or imagefolder
-    data_root: str | None = None  # folder of the data set; None looks in the usual places
+    data: str = "cifar10"  # fashion-mnist, cifar10, cifar100, imagefolder or webdataset
+    data_root: str | None = None  # folder of the data set, or pattern of shards; None looks in the usual places
     out: str = "runs/spnet"  # folder of logs and checkpoints
     static: bool = False  # train the static network: no routers, cross-entropy of the heads only
     init: str | None = None  # model folder or safetensors file of a static network to start from
@@ -50,12 +50,14 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 50  # steps
     checkpoint_every: int = 200  # steps; an epoch's end is always a checkpoint
-    workers: int = 4  # image-decoding processes of imagefolder
+    workers: int = 4  # image-decoding processes of imagefolder and webdataset
+    image_size: int = 224  # side of the images of imagefolder and webdataset
+    bad_shards: str = "skip"  # skip or raise, where a shard of webdataset cannot be read
 
     def __post_init__(self):
         for name in ("milestones", "stage_weights"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every"):
+        for name in ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("target_rate", "auxiliary_momentum", "momentum"):
@@ -64,6 +66,8 @@ class TrainConfig:
         for name in ("lr", "weight_decay", "workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.bad_shards not in ("skip", "raise"):
+            raise ValueError(f"bad_shards: expected 'skip' or 'raise', got {self.bad_shards!r}")
         if not self.gradient_clamp > 0:
             raise ValueError(f"gradient_clamp: expected a positive value, got {self.gradient_clamp}")
 

@@ -1,6 +1,6 @@
 """Data for training by name: `make_loader`, and what else a user of it needs.
 
-`datasets` reads the small sets, `folders` those that do not fit in memory, `loaders` makes batches of both.
+`datasets` reads the small sets, `folders` and `shards` those that do not fit in memory; `loaders` makes batches.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from spnet.preprocessing import normalise
 from spnet.training.datasets import DATASETS, ImageSet, Split, load_dataset
 from spnet.training.folders import image_folder
 from spnet.training.loaders import FolderLoader, Loader
+from spnet.training.shards import ShardLoader, find_shards, index_shards
 
-__all__ = ["DATASETS", "FolderLoader", "ImageSet", "Loader", "load_dataset", "make_loader", "normalise"]
+__all__ = ["DATASETS", "FolderLoader", "ImageSet", "Loader", "ShardLoader", "load_dataset", "make_loader", "normalise"]
 
 
 def make_loader(
@@ -28,12 +29,16 @@ def make_loader(
     train: bool | None = None,
     workers: int = 4,
     shard: tuple[int, int] = (0, 1),
-) -> Loader | FolderLoader:
+    image_size: int = 224,
+    bad_shards: str = "skip",
+) -> Loader | FolderLoader | ShardLoader:
     """The loader of any data set in `DATASETS`.
 
     Args:
         train: shuffle, augment and drop a last batch that is not full. Default: split == "train".
-        workers: decoding processes for "imagefolder"; the other sets need none.
+        workers: decoding processes for "imagefolder" and "webdataset"; the other sets need none.
+        image_size: side of the images of these two.
+        bad_shards: "skip" or "raise"; see `index_shards` and `ShardLoader`.
         shard: (rank, number of ranks): yield only this rank's part of every batch.
 
     Returns:
@@ -41,11 +46,18 @@ def make_loader(
         and `input_size`.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: see `load_dataset`, `image_folder`, `Loader` and `FolderLoader`.
+        ValueError, FileNotFoundError, ImportError: see `load_dataset`, `image_folder`, `index_shards` and the loaders.
     """
     train = split == "train" if train is None else train
     settings = dict(train=train, device=device, seed=seed, shard=shard)
     if name == "imagefolder":
-        images = image_folder(root, split, train=train)
-        return FolderLoader(images, images.classes, batch_size, workers=workers, **settings)
+        images = image_folder(root, split, train=train, size=image_size)
+        return FolderLoader(images, images.classes, batch_size, workers=workers, input_size=image_size, **settings)
+    if name == "webdataset":
+        shards, bad = index_shards(find_shards(root, split), bad_shards)
+        loader = ShardLoader(
+            shards, batch_size, workers=workers, input_size=image_size, bad_shards=bad_shards, **settings
+        )
+        loader.bad_shards += bad
+        return loader
     return Loader(load_dataset(name, split, root), batch_size, **settings)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spnet.preprocessing import check_images, describe
 
-DATASETS = ("fashion-mnist", "cifar10", "cifar100", "imagefolder")
+DATASETS = ("fashion-mnist", "cifar10", "cifar100", "imagefolder", "webdataset")
 Split = Literal["train", "test"]
 
 FASHION_MNIST_DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -117,8 +117,8 @@ def load_dataset(name: str, split: Split, root: str | Path | None = None) -> Ima
         return _load_fashion_mnist(split, root)
     if name in ("cifar10", "cifar100"):
         return _load_cifar(name, split, root)
-    if name == "imagefolder":
-        raise ValueError("name: 'imagefolder' does not fit in memory, use make_loader")
+    if name in ("imagefolder", "webdataset"):
+        raise ValueError(f"name: {name!r} does not fit in memory, use make_loader")
     raise ValueError(f"name: expected one of {', '.join(DATASETS)}, got {name!r}")
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from spnet.preprocessing import normalise
 from spnet.training.datasets import IMAGENET_MEAN, IMAGENET_STD, Split, check_split, data_folders
 
 
-def image_folder(root: str | Path | None, split: Split, *, train: bool | None = None) -> Any:
+def image_folder(root: str | Path | None, split: Split, *, train: bool | None = None, size: int = 224) -> Any:
     """A `torchvision.datasets.ImageFolder` over `root/train`, or `root/val` (else `root/test`) for "test".
 
-    Items are (float32 [3, 224, 224], int): for training a random resized crop and a flip, otherwise resized
-    to 256 and cropped in the centre; normalised with the ImageNet statistics.
+    Items are (float32 [3, size, size], int), see `image_transform`.
 
     Args:
         root: default `$SPNET_DATA/imagenet`, then `./data/imagenet`.
@@ -25,16 +32,48 @@ def image_folder(root: str | Path | None, split: Split, *, train: bool | None = 
     folder = _image_split_folder(root, split)
     train = split == "train" if train is None else train
     try:
-        from torchvision import datasets, transforms
+        from torchvision import datasets
     except ImportError as error:
         raise ImportError("folders of images need torchvision: install it with `pip install spnet[vision]`") from error
-    geometry = (
-        [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
-        if train
-        else [transforms.Resize(256), transforms.CenterCrop(224)]
-    )
-    to_tensor = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    return datasets.ImageFolder(str(folder), transform=transforms.Compose(geometry + to_tensor), loader=_read_rgb)
+    return datasets.ImageFolder(str(folder), transform=image_transform(train, size), loader=_read_rgb)
+
+
+def image_transform(train: bool, size: int) -> Callable[[Any], Tensor]:
+    """A function from a PIL image to float32 [3, size, size], normalised with the ImageNet statistics.
+
+    For training a random crop of 8 to 100 % of the area and of ratio 3/4 to 4/3, resized, and mirrored with
+    probability 1/2, drawn from torch's global CPU generator; otherwise the shorter side is resized to size * 8/7 and
+    the centre cropped. Source: Szegedy et al., "Going deeper with convolutions" (CVPR 2015), section 6.
+    """
+    return partial(_transformed, train=train, size=size)
+
+
+def _transformed(image: Any, train: bool, size: int) -> Tensor:
+    from PIL import Image
+
+    box = _random_box(*image.size) if train else _centre_box(*image.size)
+    pixels = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BILINEAR, box)))  # [S, S, 3]
+    if train and torch.rand(()) < 0.5:
+        pixels = pixels.flip(1)
+    return normalise(pixels.permute(2, 0, 1)[None], IMAGENET_MEAN, IMAGENET_STD, size)[0]
+
+
+def _random_box(width: int, height: int) -> tuple[float, float, float, float]:
+    for _ in range(10):
+        area, log_ratio, x, y = torch.rand(4, dtype=torch.float64).tolist()
+        area = width * height * (0.08 + 0.92 * area)
+        ratio = (3 / 4) ** (1 - 2 * log_ratio)
+        w, h = (area * ratio) ** 0.5, (area / ratio) ** 0.5
+        if w <= width and h <= height:
+            left, top = x * (width - w), y * (height - h)
+            return left, top, left + w, top + h
+    return _centre_box(width, height, 1)
+
+
+def _centre_box(width: int, height: int, part: float = 7 / 8) -> tuple[float, float, float, float]:
+    side = min(width, height) * part
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
 
 
 def _image_split_folder(root: str | Path | None, split: Split) -> Path:
@@ -62,10 +101,19 @@ def _image_split_folder(root: str | Path | None, split: Split) -> Path:
 
 
 def _read_rgb(path: str) -> Any:
+    return decode_rgb(Path(path).read_bytes(), path)
+
+
+def decode_rgb(data: bytes, name: str) -> Any:
+    """A PIL image of an encoded one; `name` is for the message.
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG files
-        raise ValueError(f"{path}: expected an image, got {error}") from error
+        raise ValueError(f"{name}: expected an image, got {error}") from error

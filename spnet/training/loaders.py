@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class _EpochLoader(ABC):
         self.class_names, self.num_classes = tuple(class_names), len(class_names)
         self.mean, self.std, self.in_channels = mean, std, len(mean)
         self.input_size = input_size
+        self.bad_shards = 0  # that this rank has found
         self._num_images = num_images
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -189,7 +190,33 @@ class Loader(_EpochLoader):
         return random_crop_flip(F.pad(images, (CROP_PADDING,) * 4), top, left, flip.bool(), self.input_size)
 
 
-class FolderLoader(_EpochLoader):
+class DecodingLoader(_EpochLoader):
+    """What the loaders of encoded images share: the worker processes that decode them."""
+
+    def __init__(self, num_images: int, batch_size: int, *, workers: int, **settings: Any) -> None:
+        super().__init__(num_images, batch_size, **settings)
+        self.workers = workers
+
+    def _decoded(self, dataset: Any, batches: Iterable[list], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each batch of (`dataset[item]` for the items of a list), stacked."""
+        pinned = self.device.type == "cuda"
+        decoded = torch.utils.data.DataLoader(
+            _SeededItems(dataset, self.seed, epoch),
+            batch_sampler=batches,
+            num_workers=self.workers,
+            pin_memory=pinned,
+            generator=_generator("workers", self.seed, epoch),  # else it would draw from the global one
+            worker_init_fn=_outlive_sigterm,
+        )
+        for images, labels in decoded:
+            bad = ((labels < 0) | (labels >= self.num_classes)).nonzero().flatten()
+            if len(bad):
+                raise ValueError(f"labels: expected 0 to {self.num_classes - 1}, got {labels[bad[0]].item()}")
+            images = images.to(self.device, non_blocking=pinned)
+            yield images.contiguous(memory_format=self._format), labels.to(self.device, non_blocking=pinned)
+
+
+class FolderLoader(DecodingLoader):
     """Batches of a set of images that are decoded when they are asked for; the interface is that of `Loader`.
 
     Args:
@@ -236,27 +263,13 @@ class FolderLoader(_EpochLoader):
             mean=mean,
             std=std,
             input_size=input_size,
+            workers=workers,
         )
         self.dataset = dataset
-        self.workers = workers
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         batches = [positions.tolist() for *_, positions in self._parts(self._order(epoch), start)]
-        pinned = self.device.type == "cuda"
-        decoded = torch.utils.data.DataLoader(
-            _SeededItems(self.dataset, self.seed, epoch),
-            batch_sampler=batches,
-            num_workers=self.workers,
-            pin_memory=pinned,
-            generator=_generator("workers", self.seed, epoch),  # else it would draw from the global one
-            worker_init_fn=_outlive_sigterm,
-        )
-        for images, labels in decoded:
-            bad = ((labels < 0) | (labels >= self.num_classes)).nonzero().flatten()
-            if len(bad):
-                raise ValueError(f"labels: expected 0 to {self.num_classes - 1}, got {labels[bad[0]].item()}")
-            images = images.to(self.device, non_blocking=pinned)
-            yield images.contiguous(memory_format=self._format), labels.to(self.device, non_blocking=pinned)
+        yield from self._decoded(self.dataset, batches, epoch)
 
 
 def _outlive_sigterm(worker: int) -> None:
@@ -265,20 +278,21 @@ def _outlive_sigterm(worker: int) -> None:
 
 
 class _SeededItems(torch.utils.data.Dataset):
-    """Items of a data set, each read with the global CPU generator seeded from (seed, epoch, position)."""
+    """Items of a data set, each read with the global CPU generator seeded from (seed, epoch, position).
+
+    An item is asked for by its position, or by what has it as an attribute.
+    """
 
     def __init__(self, dataset: Any, seed: int, epoch: int) -> None:
         self.dataset, self.seed, self.epoch = dataset, seed, epoch
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+    def __getitem__(self, item: Any) -> tuple[Tensor, int]:
+        position = getattr(item, "position", item)
         generator = torch.default_generator
         state = generator.get_state()
         generator.manual_seed(seed_of("image", self.seed, self.epoch, position))
         try:
-            return self.dataset[position]
+            return self.dataset[item]
         finally:
             generator.set_state(state)
 

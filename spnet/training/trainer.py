@@ -131,7 +131,8 @@ class Trainer:
     training executes (every block, skipped or not; twice as many backward as forward; the auxiliary module's forward),
     and ``test_images_per_second`` and ``test_macs_per_second``, those that the paths of the test images execute.
     With routers its ``test`` has ``churn``, the fraction of the test samples' decisions that flipped since the epoch
-    before (:func:`spnet.analysis.stability.path_churn`; None for the first).
+    before (:func:`spnet.analysis.stability.path_churn`; None for the first). With shards there is ``bad_shards``, how
+    many could not be read so far, on all ranks.
 
     In a job of several ranks (:func:`spnet.training.distributed.job`) each trains on its part of every batch, all hold
     the same weights, auxiliary module and statistics after every step, and rank 0 writes; ``config.out`` must be one
@@ -160,6 +161,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         data = dict(root=config.data_root, batch_size=config.batch_size, device=self.device, seed=config.seed)
         data |= dict(workers=config.workers, shard=(self.rank, self.ranks))
+        data |= dict(image_size=config.image_size, bad_shards=config.bad_shards)
         self.train_loader = train_loader or make_loader(config.data, "train", **data)
         self.test_loader = test_loader or make_loader(config.data, "test", **data)
         t = self.train_loader
@@ -318,11 +320,13 @@ class Trainer:
         if not config.static:
             test["churn"] = None if before is None else path_churn(before, decisions)
         self.epoch, self.batch, self._sums, self._decisions = self.epoch + 1, 0, {}, decisions
+        (bad,) = distributed.sum_over_ranks([self.train_loader.bad_shards + self.test_loader.bad_shards])
         self._write(
             "epoch",
             self.step,
             epoch=self.epoch,
             lr=lr,
+            **({"bad_shards": int(bad)} if config.data == "webdataset" else {}),
             **self.throughput,
             train=means,
             test=test,

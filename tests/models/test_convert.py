@@ -274,6 +274,13 @@ def test_forward_training_of_other_models(x):
         spnet.forward_training(spnet.convert(Network(Basic)).eval(), x)
 
 
+def test_forward_training_of_a_model_that_leaves_out_a_block(x):
+    model = spnet.convert(Network(Basic))
+    model.layer1.forward = lambda x: model.layer1[1](x)
+    with pytest.raises(ValueError, match="the forward of Network did not call block 'layer1.0'"):
+        spnet.forward_training(model, x)
+
+
 def test_frozen_modules_stay_frozen():
     model = Network(Basic)
     model.layer1[0].bn1.eval()
@@ -415,6 +422,10 @@ def _hook(model, block):
     block.register_forward_hook(lambda m, i, y: None)
 
 
+def _backward_pre_hook(model, block):
+    block.register_full_backward_pre_hook(lambda m, g: None)
+
+
 def _pre_hook(model, block):
     block.register_forward_pre_hook(lambda m, i: None)
 
@@ -432,6 +443,7 @@ def _pre_hook(model, block):
         (None, _repeat, "also stands at 'layer1.2'"),
         (None, _hook, "has a hook"),
         (None, _pre_hook, "has a hook"),
+        (None, _backward_pre_hook, "has a hook"),
     ],
 )
 def test_blocks_that_cannot_be_routed(forward, prepare, why):

@@ -53,6 +53,8 @@ def test_unknown_preset():
         {"gradient_clamp": 0},
         {"gradient_clamp": float("nan")},
         {"workers": -1},
+        {"image_size": 0},
+        {"bad_shards": "ignore"},
     ],
     ids=str,
 )

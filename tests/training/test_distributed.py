@@ -1,6 +1,7 @@
 """Two processes train as one: the same steps, the same files, and the same end when one of them is stopped or dies."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -20,8 +21,9 @@ from spnet.models.files import load_weights
 from spnet.training import TrainConfig, Trainer, distributed, evaluate, losses
 from spnet.training.checkpoint import load_state
 from spnet.training.data import Loader
+from spnet.training.shards import index_shards
 from tests.conftest import settle
-from tests.images import write_fashion_mnist
+from tests.images import write_fashion_mnist, write_shard
 
 RANKS = 2
 ROOT = Path(spnet.__file__).parents[1]
@@ -67,6 +69,17 @@ def evaluated(rank=0, ranks=1):
 def run_evaluation(folder, rank):
     torch.manual_seed(0)
     torch.save(evaluated(rank, RANKS), folder / f"evaluation-{rank}.pt")
+
+
+def run_indexed(folder, rank):
+    """Rank 0 writes shards of which each rank reads every second; the fourth is no tar."""
+    if rank == 0:
+        for k in range(3):
+            write_shard(folder / "shards" / f"{k}.tar", [0, 1])
+        (folder / "shards" / "3.tar").write_bytes(b"no")
+    dist.barrier()
+    shards, bad = index_shards([str(folder / "shards" / f"{k}.tar") for k in range(4)])
+    (folder / f"indexed-{rank}").write_text(json.dumps([[Path(s.url).name for s in shards], bad]))
 
 
 def run_resumed(folder, rank):
@@ -119,8 +132,14 @@ def run_not_finite(folder, rank):
 def both(tmp_path_factory):
     """The folder in which two ranks have done all of the above."""
     folder = tmp_path_factory.mktemp("ranks")
+    environment = {**ENVIRONMENT, "XDG_CACHE_HOME": str(folder)}
     processes = [
-        subprocess.Popen([sys.executable, __file__, folder, str(r)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, __file__, folder, str(r)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for r in range(RANKS)
     ]
     try:
@@ -172,6 +191,13 @@ def test_sharded_evaluation_is_that_of_the_whole_set(both):
         got = torch.load(both / f"evaluation-{rank}.pt")
         assert got.pop("loss") == pytest.approx(loss, rel=1e-5)
         assert equal(got, expected)
+
+
+def test_every_rank_knows_all_shards(both):
+    pytest.importorskip("webdataset")
+    assert [json.loads((both / f"indexed-{rank}").read_text()) for rank in range(RANKS)] == [
+        [["0.tar", "1.tar", "2.tar"], bad] for bad in (0, 1)
+    ]
 
 
 def test_resume(both):
@@ -243,6 +269,8 @@ if __name__ == "__main__":  # one rank: folder, rank
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     run_equal(folder)
     run_evaluation(folder, rank)
+    if importlib.util.find_spec("webdataset"):
+        run_indexed(folder, rank)
     run_resumed(folder, rank)
     run_terminated(folder, rank)
     run_not_finite(folder, rank)
