@@ -30,19 +30,21 @@ void bind_walk(py::module_& m) {
           "run",
           [](const cpu::PackedPlan& plan, Address x, int64_t batch, int64_t stride_n, int64_t stride_c,
              int64_t stride_h, int64_t stride_w, Address paths, float threshold, Address logits,
-             Address decisions, int threads) {
+             Address decisions, int threads, bool is_bfloat16) {
             cpu::walk(plan,
-                      {reinterpret_cast<const float*>(x), batch, stride_n, stride_c, stride_h, stride_w,
-                       reinterpret_cast<const uint8_t*>(paths), threshold, reinterpret_cast<float*>(logits),
-                       reinterpret_cast<uint8_t*>(decisions)},
+                      {reinterpret_cast<const void*>(x), is_bfloat16, batch, stride_n, stride_c, stride_h,
+                       stride_w, reinterpret_cast<const uint8_t*>(paths), threshold,
+                       reinterpret_cast<float*>(logits), reinterpret_cast<uint8_t*>(decisions)},
                       threads);
           },
-          "Logits (float32) [batch, classes] and decisions (uint8) [batch, blocks] of x (float32); strides "
+          "Logits (float32) [batch, classes] and decisions (uint8) [batch, blocks] of x (float32, or "
+          "bfloat16 where the plan is); strides "
           "in "
           "elements. With paths (bool [batch, blocks], address not 0) no router is computed.",
           py::arg("x"), py::arg("batch"), py::arg("stride_n"), py::arg("stride_c"), py::arg("stride_h"),
           py::arg("stride_w"), py::arg("paths"), py::arg("threshold"), py::arg("logits"),
-          py::arg("decisions"), py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+          py::arg("decisions"), py::arg("threads"), py::arg("is_bfloat16") = false,
+          py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("workspace_bytes", &cpu::PackedPlan::workspace_bytes,
                              "Working memory of each thread that runs a sample, in bytes.")
       .def_readonly("precision", &cpu::PackedPlan::precision)

@@ -8,8 +8,9 @@ namespace {
 
 constexpr int64_t kFormatVersion = 2;
 constexpr int64_t kHeaderInts = 9, kConvInts = 6, kBlockInts = 5;
-constexpr int64_t kMaxSize = 64, kMaxInChannels = 512, kMaxWidth = 4096, kMaxClasses = 1'000'000;
-constexpr int64_t kMaxBlocks = 100'000;
+constexpr int64_t kMaxSize = 1024, kMaxCifarSize = 64, kMaxImageChannels = 4, kMaxInChannels = 512,
+                  kMaxWidth = 4096, kMaxClasses = 1'000'000;
+constexpr int64_t kMaxBlocks = 100'000, kMaxBody = 3;
 
 [[noreturn]] void fail(const std::string& name, const std::string& expected, int64_t got) {
   throw std::invalid_argument("plan: " + name + ": expected " + expected + ", got " + std::to_string(got));
@@ -32,9 +33,9 @@ class Floats {
     return begin;
   }
 
-  PlanConv conv(int64_t cin, int64_t cout, int64_t taps) {
-    const int64_t weight = take(cout * cin * taps);
-    return {cin, cout, weight, take(cout)};
+  void place(PlanConv& conv) {
+    conv.weight = take(conv.cout * conv.cin * conv.kernel * conv.kernel);
+    conv.bias = take(conv.cout);
   }
 
   int64_t used() const { return used_; }
@@ -61,17 +62,39 @@ class Ints {
   int64_t size_, used_ = 0;
 };
 
-// A 3x3 convolution of a map with `channels`; `stride` is 1 or 2 where the walkers take both.
-PlanConv read_conv(const std::string& name, Ints& ints, Floats& floats, int64_t channels, int64_t* stride) {
+// The size of a map in which a convolution or pooling puts what it makes of `size` pixels.
+int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
+  return (size + 2 * padding - kernel) / stride + 1;
+}
+
+PlanConv make_conv(int64_t cin, int64_t cout, int64_t kernel, int64_t stride, int64_t height, int64_t width,
+                   Floats& floats) {
+  PlanConv conv{cin,
+                cout,
+                kernel,
+                stride,
+                0,
+                0,
+                out_size(height, kernel, stride, kernel / 2),
+                out_size(width, kernel, stride, kernel / 2)};
+  floats.place(conv);
+  return conv;
+}
+
+// A convolution of a map with `channels`, whose kernel is one of two.
+PlanConv read_conv(const std::string& name, Ints& ints, Floats& floats, int64_t channels, int64_t height,
+                   int64_t width, int64_t small_kernel, int64_t large_kernel, int64_t max_stride) {
   const int64_t* row = ints.take(kConvInts);
   require_equal(name + "cin", row[0], channels, ", the channels of the map before it");
   require_range(name + "cout", row[1], 1, kMaxWidth);
-  require_equal(name + "kernel", row[2], 3, ", all that walk computes");
-  require_range(name + "stride", row[3], 1, stride == nullptr ? 1 : 2);
-  require_equal(name + "padding", row[4], 1, ", all that walk computes");
+  if (row[2] != small_kernel && row[2] != large_kernel) {
+    const std::string kernels = std::to_string(small_kernel) + " or " + std::to_string(large_kernel);
+    fail(name + "kernel", kernels + ", all that walk computes", row[2]);
+  }
+  require_range(name + "stride", row[3], 1, max_stride);
+  require_equal(name + "padding", row[4], row[2] / 2, ", all that walk computes");
   require_equal(name + "groups", row[5], 1, ", all that walk computes");
-  if (stride != nullptr) *stride = row[3];
-  return floats.conv(row[0], row[1], 9);
+  return make_conv(row[0], row[1], row[2], row[3], height, width, floats);
 }
 
 PlanBlock read_block(Ints& ints, int64_t index, int64_t channels, int64_t height, int64_t width,
@@ -79,15 +102,24 @@ PlanBlock read_block(Ints& ints, int64_t index, int64_t channels, int64_t height
   const std::string name = "block " + std::to_string(index) + ": ";
   const int64_t* row = ints.take(kBlockInts);
   const int64_t shortcut = row[1], shortcut_stride = row[2], pad_before = row[3], router_width = row[4];
-  require_equal(name + "n_convolutions", row[0], 2, ", all that walk computes");
+  require_range(name + "n_convolutions", row[0], 2, kMaxBody);
   require_range(name + "shortcut", shortcut, 0, 2);
   require_range(name + "router_width", router_width, 1, kMaxWidth);
 
   PlanBlock block{};
-  block.conv1 = read_conv(name + "convolution 0: ", ints, floats, channels, &block.stride);
-  block.conv2 = read_conv(name + "convolution 1: ", ints, floats, block.conv1.cout, nullptr);
-  require_equal(name + "shortcut_stride", shortcut_stride, block.stride, " as the first convolution");
-  const int64_t cout = block.conv2.cout;
+  block.stride = 1;
+  int64_t cin = channels, in_height = height, in_width = width;
+  for (int64_t i = 0; i < row[0]; ++i) {
+    const PlanConv conv = read_conv(name + "convolution " + std::to_string(i) + ": ", ints, floats, cin,
+                                    in_height, in_width, 1, 3, block.stride == 1 ? 2 : 1);
+    block.body.push_back(conv);
+    block.stride *= conv.stride;
+    cin = conv.cout;
+    in_height = conv.out_height;
+    in_width = conv.out_width;
+  }
+  require_equal(name + "shortcut_stride", shortcut_stride, block.stride, " as the body");
+  const int64_t cout = block.cout();
   block.shortcut = static_cast<Shortcut>(shortcut);
   switch (block.shortcut) {
     case Shortcut::identity:
@@ -100,15 +132,11 @@ PlanBlock read_block(Ints& ints, int64_t index, int64_t channels, int64_t height
       }
       break;
     case Shortcut::projection:
-      block.projection = floats.conv(channels, cout, 1);
+      block.projection = make_conv(channels, cout, 1, block.stride, height, width, floats);
       break;
   }
   require_range(name + "pad_before", pad_before, 0, block.shortcut == Shortcut::pad ? cout - channels : 0);
 
-  block.in_height = height;
-  block.in_width = width;
-  block.out_height = (height - 1) / block.stride + 1;
-  block.out_width = (width - 1) / block.stride + 1;
   block.pad_before = pad_before;
   block.router.cin = channels;
   block.router.width = router_width;
@@ -117,6 +145,15 @@ PlanBlock read_block(Ints& ints, int64_t index, int64_t channels, int64_t height
   block.router.weight2 = floats.take(router_width);
   block.router.bias2 = floats.take(1);
   return block;
+}
+
+PlanPool read_pool(const int64_t* row) {
+  const PlanPool pool{row[0], row[1], row[2]};
+  const bool none = pool.kernel == 0;
+  if (!none) require_range("pool_kernel", pool.kernel, 2, 3);
+  require_range("pool_stride", pool.stride, none ? 0 : 1, none ? 0 : 2);
+  require_range("pool_padding", pool.padding, 0, pool.kernel / 2);
+  return pool;
 }
 
 }  // namespace
@@ -132,25 +169,50 @@ Plan read_plan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t
   require_range("in_width", header[3], 1, kMaxSize);
   require_range("num_classes", header[4], 1, kMaxClasses);
   require_range("n_blocks", header[5], 0, kMaxBlocks);
-  require_equal("pool_kernel", header[6], 0, ", for walk does not pool behind the stem");
-  require_equal("pool_stride", header[7], 0, ", for walk does not pool behind the stem");
-  require_equal("pool_padding", header[8], 0, ", for walk does not pool behind the stem");
+  const PlanPool pool = read_pool(header + 6);
 
   Floats layout;
-  const PlanConv stem = read_conv("stem: ", rows, layout, header[1], nullptr);
-  Plan plan{header[1], header[2], header[3], header[4], stem, {}, {}};
-  int64_t channels = stem.cout, height = header[2], width = header[3];
+  const PlanConv stem = read_conv("stem: ", rows, layout, header[1], header[2], header[3], 3, 7, 2);
+  if (stem.kernel == 7) {
+    require_range("in_channels", stem.cin, 1, kMaxImageChannels);
+    require_equal("stem: stride", stem.stride, 2, ", all that walk computes with a kernel of 7");
+  }
+  Plan plan{header[1], header[2], header[3], header[4], stem, {}, pool, stem.out_height, stem.out_width, {}};
+  if (pool.kernel > 0) {
+    for (int64_t* size : {&plan.height, &plan.width}) {
+      require_range("the map to pool", *size, pool.kernel - 2 * pool.padding, kMaxSize);
+      *size = out_size(*size, pool.kernel, pool.stride, pool.padding);
+    }
+  }
+  int64_t channels = stem.cout, height = plan.height, width = plan.width;
   for (int64_t i = 0; i < header[5]; ++i) {
     plan.blocks.push_back(read_block(rows, i, channels, height, width, layout));
-    channels = plan.blocks.back().conv2.cout;
-    height = plan.blocks.back().out_height;
-    width = plan.blocks.back().out_width;
+    channels = plan.blocks.back().cout();
+    height = plan.blocks.back().out_height();
+    width = plan.blocks.back().out_width();
   }
   require_equal("integers", n_ints, rows.used(), ", as n_blocks says");
-  plan.head = layout.conv(channels, plan.num_classes, 1);
+  plan.head = make_conv(channels, plan.num_classes, 1, 1, 1, 1, layout);
   require_equal("floats", n_floats, layout.used(), ", as the integers say");
   if (floats == nullptr) throw std::invalid_argument("plan: floats: null pointer");
   return plan;
+}
+
+void require_cifar_form(const Plan& plan) {
+  require_range("in_height", plan.in_height, 1, kMaxCifarSize);
+  require_range("in_width", plan.in_width, 1, kMaxCifarSize);
+  require_equal("pool_kernel", plan.pool.kernel, 0);
+  require_equal("stem: kernel", plan.stem.kernel, 3);
+  require_equal("stem: stride", plan.stem.stride, 1);
+  for (size_t i = 0; i < plan.blocks.size(); ++i) {
+    const std::string name = "block " + std::to_string(i) + ": ";
+    const std::vector<PlanConv>& body = plan.blocks[i].body;
+    require_equal(name + "n_convolutions", body.size(), 2);
+    for (size_t j = 0; j < body.size(); ++j) {
+      require_equal(name + "convolution " + std::to_string(j) + ": kernel", body[j].kernel, 3);
+    }
+    require_equal(name + "convolution 1: stride", body[1].stride, 1);
+  }
 }
 
 }  // namespace spnet

@@ -26,8 +26,9 @@
 //           router W1 [width, cin], b1 [width], w2 [width], b2 [1]
 //   head    weight [classes, channels], bias [classes]
 //
-// The structs below are what a walker runs of this: a 3x3 stem without pooling, bodies of two 3x3
-// convolutions with the stride on the first, no groups.
+// The structs below are what a walker runs of this: a stem of 3x3, or of 7x7 with stride 2 on 4 channels at
+// most; bodies of two or three 1x1 and 3x3 convolutions; padding (kernel - 1) / 2, strides 1 and 2, no
+// groups.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,13 @@ enum class Shortcut { identity, pad, projection };
 
 // Tensors are given as positions in the table of floats.
 struct PlanConv {
-  int64_t cin, cout, weight, bias;
+  int64_t cin, cout, kernel, stride;
+  int64_t weight, bias;
+  int64_t out_height, out_width;
+};
+
+struct PlanPool {
+  int64_t kernel, stride, padding;  // 0: no pooling
 };
 
 struct PlanRouter {
@@ -47,17 +54,24 @@ struct PlanRouter {
 };
 
 struct PlanBlock {
-  int64_t in_height, in_width, out_height, out_width;
-  int64_t stride;
+  std::vector<PlanConv> body;
+  int64_t stride;  // of the shortcut
   Shortcut shortcut;
   int64_t pad_before;
-  PlanConv conv1, conv2, projection;
+  PlanConv projection;
   PlanRouter router;
+
+  int64_t cin() const { return body.front().cin; }
+  int64_t cout() const { return body.back().cout; }
+  int64_t out_height() const { return body.back().out_height; }
+  int64_t out_width() const { return body.back().out_width; }
 };
 
 struct Plan {
   int64_t in_channels, in_height, in_width, num_classes;
   PlanConv stem, head;
+  PlanPool pool;
+  int64_t height, width;  // of the first block's map
   std::vector<PlanBlock> blocks;
 };
 
@@ -65,5 +79,9 @@ struct Plan {
 // std::invalid_argument that names the block, the field, what was expected and what came; nothing but the
 // integers is read.
 Plan read_plan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t n_floats);
+
+// Throws as read_plan does where a plan is more than the CIFAR form with basic blocks: a 3x3 stem of stride 1
+// without pooling, maps up to 64x64, bodies of two 3x3 convolutions with the stride on the first.
+void require_cifar_form(const Plan& plan);
 
 }  // namespace spnet

@@ -224,10 +224,10 @@ def test_explain_names_the_choice_and_the_cost_of_each_skip(network):
 
 
 def test_explain_names_the_batch_execution():
-    model = settle(spnet.models.SPNet([1, 1], [8, 8], num_classes=2, bottleneck=True, input_size=8))
-    text = str(spnet.explain(model, torch.zeros(1, 3, 8, 8)))
+    model = settle(spnet.models.SPNet([1, 1], [8, 8], num_classes=2, in_channels=5, imagenet=True, input_size=8))
+    text = str(spnet.explain(model, torch.zeros(1, 5, 8, 8)))
     assert text.startswith("impl = batch")
-    assert "walk does not fit: block 0: n_convolutions: expected 2, all that walk computes, got 3" in text
+    assert "walk does not fit: in_channels: expected 1 to 4, got 5" in text
     assert "features.stage2.0  shortcut" in text
 
 

@@ -296,6 +296,35 @@ def emulated(network: Network, dtype=core.Dtype.float16, shared_limit: int = SHA
     return core.EmulatedCudaPlan(ints.data_ptr(), ints.numel(), floats.data_ptr(), floats.numel(), dtype, shared_limit)
 
 
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Network(3, (65, 8), 4, []), "in_height: expected 1 to 64, got 65"),
+        (Network(3, (8, 8), 4, [], pool=(3, 2, 1)), "pool_kernel: expected 0, got 3"),
+        (Network(3, (8, 8), 4, [], stem_kernel=7, stem_stride=2), "stem: kernel: expected 3, got 7"),
+        (Network(3, (8, 8), 4, [], stem_stride=2), "stem: stride: expected 1, got 2"),
+        (
+            Network(3, (8, 8), 4, [Block(4, 2, 4, kernels=(1, 3, 1))]),
+            "block 0: n_convolutions: expected 2, got 3",
+        ),
+        (
+            Network(3, (8, 8), 4, [Block(4, 2, 4, kernels=(1, 3))]),
+            "block 0: convolution 0: kernel: expected 3, got 1",
+        ),
+        (
+            Network(3, (8, 8), 4, [Block(4, 2, 4, 2, PROJECTION, strided=1)]),
+            "block 0: convolution 1: stride: expected 1, got 2",
+        ),
+    ],
+)
+def test_refuses_what_the_cpu_alone_walks(network, message):
+    ints, floats = network.tables()
+    with pytest.raises(ValueError, match=f"^plan: {message}"):
+        core.EmulatedCudaPlan(
+            ints.data_ptr(), ints.numel(), floats.data_ptr(), floats.numel(), core.Dtype.float16, 163 << 10
+        )
+
+
 def test_refuses_what_shared_memory_cannot_hold():
     needed = emulated(VALID).shared_bytes
     emulated(VALID, shared_limit=needed)

@@ -25,6 +25,14 @@ class Block:
     shortcut: int = IDENTITY
     pad_before: int = 0
     router_width: int = 16
+    kernels: tuple[int, ...] = (3, 3)
+    strided: int = 0  # the convolution that has the stride
+
+    def convolutions(self) -> list[tuple[int, int, int, int]]:
+        """cin, cout, kernel and stride of each."""
+        widths = [self.cin] + [self.mid] * (len(self.kernels) - 1) + [self.cout]
+        strides = [self.stride if i == self.strided else 1 for i in range(len(self.kernels))]
+        return list(zip(widths[:-1], widths[1:], self.kernels, strides, strict=True))
 
 
 @dataclass
@@ -37,6 +45,9 @@ class Network:
     blocks: list[Block]
     classes: int = 10
     seed: int = 0
+    stem_kernel: int = 3
+    stem_stride: int = 1
+    pool: tuple[int, int, int] = (0, 0, 0)
     weights: list[Tensor] = field(init=False)
 
     def __post_init__(self):
@@ -46,25 +57,29 @@ class Network:
             return torch.randn(*shape, generator=g) * scale
 
         def conv(cin, cout, k=3):
-            shape = (cout, cin, k, k) if k > 1 else (cout, cin)
-            return [normal(*shape, scale=(cin * k * k) ** -0.5), normal(cout, scale=0.1)]
+            return [normal(cout, cin, k, k, scale=(cin * k * k) ** -0.5), normal(cout, scale=0.1)]
 
-        self.weights = conv(self.in_channels, self.stem)
+        def linear(cin, cout):
+            return [normal(cout, cin, scale=cin**-0.5), normal(cout, scale=0.1)]
+
+        self.weights = conv(self.in_channels, self.stem, self.stem_kernel)
         for b in self.blocks:
-            self.weights += conv(b.cin, b.mid) + conv(b.mid, b.cout)
+            for cin, cout, kernel, _ in b.convolutions():
+                self.weights += conv(cin, cout, kernel)
             if b.shortcut == PROJECTION:
                 self.weights += conv(b.cin, b.cout, 1)
-            self.weights += conv(b.cin, b.router_width, 1)
+            self.weights += linear(b.cin, b.router_width)
             self.weights += [normal(b.router_width, scale=b.router_width**-0.5), normal(1, scale=0.1)]
         channels = self.blocks[-1].cout if self.blocks else self.stem
-        self.weights += conv(channels, self.classes, 1)
+        self.weights += linear(channels, self.classes)
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        table = [2, self.in_channels, *self.size, self.classes, len(self.blocks), 0, 0, 0]
-        table += [self.in_channels, self.stem, 3, 1, 1, 1]
+        table = [2, self.in_channels, *self.size, self.classes, len(self.blocks), *self.pool]
+        table += [self.in_channels, self.stem, self.stem_kernel, self.stem_stride, self.stem_kernel // 2, 1]
         for b in self.blocks:
-            table += [2, b.shortcut, b.stride, b.pad_before, b.router_width]
-            table += [b.cin, b.mid, 3, b.stride, 1, 1, b.mid, b.cout, 3, 1, 1, 1]
+            table += [len(b.kernels), b.shortcut, b.stride, b.pad_before, b.router_width]
+            for cin, cout, kernel, stride in b.convolutions():
+                table += [cin, cout, kernel, stride, kernel // 2, 1]
         return torch.tensor(table), torch.cat([w.flatten() for w in self.weights])
 
     def input(self, batch: int) -> Tensor:
@@ -73,17 +88,20 @@ class Network:
     def reference(self, x: Tensor, paths: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Logits [B, classes] along given paths [B, L], and the routers' margins [B, L] met on the way."""
         w = iter([w.to(dtype) for w in self.weights])
-        x = F.relu(F.conv2d(x.to(dtype), next(w), next(w), padding=1))
+        x = F.relu(F.conv2d(x.to(dtype), next(w), next(w), stride=self.stem_stride, padding=self.stem_kernel // 2))
+        if self.pool[0]:
+            x = F.max_pool2d(x, *self.pool)
         margins = []
         for i, b in enumerate(self.blocks):
-            body = F.relu(F.conv2d(x, next(w), next(w), stride=b.stride, padding=1))
-            body = F.conv2d(body, next(w), next(w), padding=1)
+            body = x
+            for _, _, kernel, stride in b.convolutions():
+                body = F.conv2d(F.relu(body), next(w), next(w), stride=stride, padding=kernel // 2)
             shortcut = x
             if b.shortcut == PAD:
                 behind = b.cout - b.cin - b.pad_before
                 shortcut = F.pad(x[:, :, :: b.stride, :: b.stride], (0, 0, 0, 0, b.pad_before, behind))
             elif b.shortcut == PROJECTION:
-                shortcut = F.conv2d(x, next(w)[:, :, None, None], next(w), stride=b.stride)
+                shortcut = F.conv2d(x, next(w), next(w), stride=b.stride)
             hidden = F.relu(F.linear(x.mean((2, 3)), next(w), next(w)))
             margins.append(F.linear(hidden, next(w)[None], next(w))[:, 0])
             x = F.relu(torch.where(paths[:, i, None, None, None], shortcut + body, shortcut))
@@ -144,6 +162,33 @@ NETWORKS = {
     "many-classes": chain(9, 9, size=(4, 3), classes=1003),
     "one-class": chain(9, 9, size=(4, 3), classes=1),
     "wide": chain(130, 130, size=(3, 20), in_channels=1),
+    "bottlenecks": Network(
+        3,
+        (37, 50),
+        12,
+        [
+            Block(12, 5, 20, 1, PROJECTION, kernels=(1, 3, 1)),
+            Block(20, 6, 20, kernels=(1, 3, 1)),
+            Block(20, 33, 40, 2, PROJECTION, kernels=(1, 3, 1), strided=1),
+            Block(40, 7, 48, 2, PAD, 3, kernels=(1, 3, 1), strided=2),
+            Block(48, 9, 48, kernels=(3, 1)),
+            Block(48, 9, 48, kernels=(1, 1, 3)),
+        ],
+        stem_kernel=7,
+        stem_stride=2,
+        pool=(3, 2, 1),
+    ),
+    "pooled": Network(4, (23, 14), 32, [Block(32, 32, 32)], stem_kernel=7, stem_stride=2, pool=(2, 1, 0)),
+    "strided-stem": Network(5, (9, 12), 32, [Block(32, 40, 70, 2, PROJECTION)], stem_stride=2, pool=(2, 2, 1)),
+    "strips": Network(
+        1,
+        (26, 25),
+        256,
+        [Block(256, 64, 256, kernels=(1, 3, 1)), Block(256, 64, 320, 1, PROJECTION, kernels=(1, 3, 1))],
+    ),
+    "heavy": Network(
+        1, (7, 5), 256, [Block(256, 256, 256), Block(256, 256, 300, 2, PROJECTION), Block(300, 256, 310, 1, PAD, 5)]
+    ),
 }
 
 
@@ -235,6 +280,21 @@ def test_input_layouts(network):
         assert torch.equal(got[1], expected[1])
     same = x[:1].expand(3, -1, -1, -1)
     assert torch.equal(run(plan, network, same)[0], run(plan, network, same.contiguous())[0])
+
+
+def test_bfloat16_pixels(network, precision):
+    plan, x = make_plan(network, precision), network.input(3).bfloat16()
+    logits = torch.full((3, network.classes), torch.nan)
+    decisions = torch.empty(3, len(network.blocks), dtype=torch.uint8)
+    arguments = x.data_ptr(), 3, *x.stride(), 0, 0.0, logits.data_ptr(), decisions.data_ptr(), 1, True
+    if precision == core.Precision.float32:
+        with pytest.raises(ValueError, match="^walk: x: expected float32, got bfloat16"):
+            plan.run(*arguments)
+        return
+    plan.run(*arguments)
+    expected = run(plan, network, x.float())
+    assert torch.equal(logits, expected[0])
+    assert torch.equal(decisions, expected[1])
 
 
 def test_a_workspace_carries_nothing_over(network, precision):
@@ -352,10 +412,11 @@ def assert_refused(position: int, value: int, message: str):
     ("name", "value"),
     [("format_version", v) for v in (0, 1, 3, -1)]
     + [("in_channels", v) for v in (0, -3, 513)]
-    + [(n, v) for n in ("in_height", "in_width") for v in (0, -1, 65)]
+    + [(n, v) for n in ("in_height", "in_width") for v in (0, -1, 1025)]
     + [("num_classes", v) for v in (0, -1, 1_000_001)]
     + [("n_blocks", v) for v in (-1, 100_001, 1 << 60)]
-    + [(n, v) for n in ("pool_kernel", "pool_stride", "pool_padding") for v in (-1, 1, 3)],
+    + [(n, v) for n in ("pool_stride", "pool_padding") for v in (-1, 1, 3)]
+    + [("pool_kernel", v) for v in (-1, 1, 4)],
 )
 def test_refuses_a_header(name, value):
     assert_refused(HEADER.index(name), value, name)
@@ -363,7 +424,7 @@ def test_refuses_a_header(name, value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("cin", 2), ("cout", 0), ("cout", -1), ("cout", 4097), ("kernel", 7), ("stride", 0), ("stride", 2)]
+    [("cin", 2), ("cout", 0), ("cout", -1), ("cout", 4097), ("kernel", 5), ("stride", 0), ("stride", 3)]
     + [("padding", 0), ("groups", 3)],
 )
 def test_refuses_a_stem(name, value):
@@ -374,18 +435,19 @@ def test_refuses_a_stem(name, value):
     ("block", "name", "value"),
     [
         (0, "n_convolutions", 0),
-        (0, "n_convolutions", 3),
+        (0, "n_convolutions", 1),
+        (0, "n_convolutions", 4),
         (0, "n_convolutions", 1 << 61),
         (0, "convolution 0: cin", 3),
         (0, "convolution 0: cout", 0),
         (0, "convolution 0: cout", 4097),
         (0, "convolution 0: cout", 1 << 62),
-        (0, "convolution 0: kernel", 1),
+        (0, "convolution 0: kernel", 7),
         (0, "convolution 0: padding", 0),
         (0, "convolution 0: groups", 2),
         (0, "convolution 1: cin", 5),
         (0, "convolution 1: cout", 0),
-        (0, "convolution 1: stride", 2),
+        (1, "convolution 1: stride", 2),
         (0, "shortcut_stride", 2),
         (0, "pad_before", 1),
         (0, "router_width", 0),
@@ -420,6 +482,22 @@ def test_refuses_a_block(block, name, value):
 def test_refuses_a_shortcut(blocks, message):
     with pytest.raises(ValueError, match=message):
         make_plan(Network(3, (9, 8), 4, blocks))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(in_channels=5), "in_channels: expected 1 to 4, got 5"),
+        (dict(stem_stride=1), "stem: stride: expected 2, all that walk computes with a kernel of 7, got 1"),
+        (dict(size=(3, 9), pool=(3, 2, 0)), "the map to pool: expected 3 to 1024, got 2"),
+        (dict(pool=(2, 3, 0)), "pool_stride: expected 1 to 2, got 3"),
+        (dict(pool=(3, 2, 2)), "pool_padding: expected 0 to 1, got 2"),
+    ],
+)
+def test_refuses_an_image(changed, message):
+    options = dict(in_channels=3, size=(9, 8), stem=4, blocks=[], stem_kernel=7, stem_stride=2) | changed
+    with pytest.raises(ValueError, match=f"^plan: {message}$"):
+        make_plan(Network(**options))
 
 
 def test_refuses_other_numbers_of_integers_and_floats():

@@ -1,7 +1,7 @@
 // Direct convolutions on feature maps that stay in cache.
 //
-// A map is stored as [channels / lanes][height + 2][width + 2][lanes]: pixels of one vector, so that every
-// offset inside a convolution's inner loop is a constant whatever the number of channels, and a halo of
+// A map is stored as [channels / lanes][height + 2 halo][width + 2 halo][lanes]: pixels of one plane, so that
+// every offset inside a convolution's inner loop is a constant whatever the number of channels, and a halo of
 // zeros, so that no border is a special case. Channels beyond the map's own are not read where maps are
 // float32; in a bfloat16 map they are zeros, as are the weights that they meet.
 #pragma once
@@ -15,30 +15,36 @@ namespace spnet::cpu {
 // What a convolution may read behind the last pixel of a map, in pixels.
 constexpr int64_t kSlackPixels = 32;
 
+// Of the image that a convolution of 7x7 reads: as many as it has channels, or its pixels would be mostly
+// zeros.
+constexpr int64_t kImageLanes = 4;
+
 // Where a map's pixels are; steps are in elements.
 struct MapView {
   void* data;
-  int64_t row, plane;  // to the next row, to the next vector of channels
+  int64_t row, plane, lanes;  // to the next row, to the next plane, channels of a plane
 };
 
 // out = conv(in) + bias, with a residual, ReLU and sums over every row as asked.
 struct Conv {
-  MapView in;           // data: the pixel under the kernel's first tap at output (0, 0)
-  MapView out;          // data: output (0, 0)
-  const void* weight;   // [group][channels / lanes][kernel][words of the lanes][kernel][lanes of the group];
-                        // [kernel][words] the other way round for ConvFunctions::tiles
-  const float* bias;    // [vectors * lanes]
-  int64_t cin, kernel;  // channels, 1 or 3
-  int64_t stride;       // 1 or 2
+  MapView in;   // data: the pixel under the kernel's first tap at output (0, 0)
+  MapView out;  // data: output (0, 0)
+  const void*
+      weight;  // [group][planes][kernel][words of the lanes][kernel][outputs of the group];
+               // [kernel][words] the other way round and zeros to whole half tiles for ConvFunctions::tiles
+  const float* bias;      // [vectors * kLanes]
+  int64_t cin, kernel;    // channels; 1, 3, or 7 with a stride of 2
+  int64_t stride;         // 1 or 2
   int64_t height, width;  // of the output
-  int64_t cout, vectors;  // output channels, and vectors of them
+  int64_t cout, vectors;  // output channels, and registers of them, which fill the planes of the output
   bool residual;          // out holds what is added
   bool relu;              // keeps NaN
-  float* row_sums;  // [height, vectors * lanes]: sums of out over every row, from left to right; or null
+  float* row_sums;  // [height, vectors * kLanes]: sums of out over every row, from left to right; or null
 };
 
 struct ConvFunctions {
-  int lanes;
+  int vector;         // output channels of a register
+  int lanes;          // of all maps but the image
   int group;          // vectors of output channels that are computed together
   int word_channels;  // 1: maps and weights are float32; 2: they are bfloat16, weights in pairs of channels
   bool tiles;         // matrix registers, which read all lanes
@@ -57,5 +63,10 @@ SPNET_FOR_EACH_BUILD(SPNET_DECLARE)
 SPNET_DECLARE(avx512_bf16)
 SPNET_DECLARE(amx_bf16)
 #undef SPNET_DECLARE
+
+// For maps of 32 channels and more: twice the lanes.
+namespace amx_bf16 {
+extern const ConvFunctions wide_conv_functions;
+}
 
 }  // namespace spnet::cpu

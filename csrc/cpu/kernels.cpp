@@ -13,7 +13,7 @@ bool has_bfloat16() {
 #endif
 }
 
-Kernels kernels(Precision precision) {
+Kernels kernels(Precision precision, [[maybe_unused]] bool wide) {
   if (precision == Precision::bfloat16) {
     if (!has_bfloat16()) {
       throw std::invalid_argument(
@@ -22,7 +22,10 @@ Kernels kernels(Precision precision) {
           level_name(level()));
     }
 #ifdef SPNET_AMX_KERNELS
-    if (level() == Level::amx) return {amx_bf16::conv_functions, avx512_bf16::walk_ops, amx_bf16::fma_loop};
+    if (level() == Level::amx) {
+      const ConvFunctions& conv = wide ? amx_bf16::wide_conv_functions : amx_bf16::conv_functions;
+      return {conv, avx512_bf16::walk_ops, amx_bf16::fma_loop};
+    }
 #endif
 #ifdef SPNET_BFLOAT16_KERNELS
     return {avx512_bf16::conv_functions, avx512_bf16::walk_ops, avx512_bf16::fma_loop};

@@ -19,7 +19,8 @@ struct Kernels {
 // Whether this build, this processor and the level in use have bfloat16 dot products (AVX512_BF16).
 bool has_bfloat16();
 
+// `wide`: no map but the image has fewer than 32 channels.
 // Throws std::invalid_argument for bfloat16 without has_bfloat16().
-Kernels kernels(Precision precision);
+Kernels kernels(Precision precision, bool wide = false);
 
 }  // namespace spnet::cpu

@@ -1,5 +1,9 @@
 #include "packed_plan.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -16,10 +20,13 @@ namespace spnet::cpu {
 namespace {
 
 constexpr int64_t kLineBytes = 64;
+// Of a large page: a convolution walks through more small ones than the processor keeps the addresses of.
+constexpr int64_t kPageBytes = 2 << 20;
 
 // Of one thread, to leave room in its core's cache for the weights of a block.
 constexpr int64_t kWorkspaceBytes = 768 << 10;
-constexpr int64_t kMostSamples = 8;
+constexpr int64_t kWeightBytes = 1 << 20;
+constexpr int64_t kStripBytes = 512 << 10;
 
 // Behind each buffer of a workspace, so that AddressSanitizer sees who writes beyond it.
 #ifdef __SANITIZE_ADDRESS__
@@ -30,14 +37,21 @@ constexpr int64_t kGuardBytes = 0;
 void guard(const void*) {}
 #endif
 
-int64_t whole_lines(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+int64_t whole_lines(int64_t bytes) { return round_up(bytes, kLineBytes); }
 
 }  // namespace
 
 AlignedFloats::AlignedFloats(int64_t size) {
-  const int64_t bytes = whole_lines(std::max<int64_t>(size, 1) * sizeof(float));
-  data_.reset(static_cast<float*>(std::aligned_alloc(kLineBytes, bytes)));
+  int64_t bytes = std::max<int64_t>(size, 1) * sizeof(float);
+  const bool is_large = bytes >= kPageBytes;
+  bytes = round_up(bytes, is_large ? kPageBytes : kLineBytes);
+  data_.reset(static_cast<float*>(std::aligned_alloc(is_large ? kPageBytes : kLineBytes, bytes)));
   if (!data_) throw std::bad_alloc();
+#ifdef __linux__
+  if (is_large) madvise(data_.get(), bytes, MADV_HUGEPAGE);  // refused: slower, no error
+#endif
   std::memset(data_.get(), 0, bytes);
 }
 
@@ -46,47 +60,67 @@ PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats,
     : plan(read_plan(ints, n_ints, floats, n_floats)),
       level(cpu::level()),
       precision(precision),
-      conv(kernels(precision).conv),
+      conv(kernels(precision, plan.stem.cout % 32 == 0 || plan.stem.kernel == 7).conv),
       ops(kernels(precision).ops) {
-  stem = pack(floats, plan.stem, 3);
-  for (const PlanBlock& shape : plan.blocks) {
-    PackedBlock block{};
-    block.shape = shape;
-    block.conv1 = pack(floats, shape.conv1, 3);
-    block.conv2 = pack(floats, shape.conv2, 3);
-    if (shape.shortcut == Shortcut::projection) block.projection = pack(floats, shape.projection, 1);
-    const PlanRouter& router = shape.router;
-    block.router = {pack_linear_weight(floats + router.weight1, router.width, router.cin),
-                    pack_vector(floats + router.bias1, router.width), router.cin, router.width};
-    block.router_weight2 = pack_vector(floats + router.weight2, router.width);
-    block.router_bias2 = floats[router.bias2];
-    blocks.push_back(block);
+  stem = pack(floats, plan.stem);
+  const int64_t stem_row = vectors(plan.stem.cout) * conv.vector * plan.stem.out_width * element_bytes();
+  stem_strip = std::max<int64_t>(kStripBytes / stem_row / 2, 4);
+  int64_t height = plan.height, width = plan.width;
+  for (const PlanBlock& block : plan.blocks) {
+    blocks.push_back(pack(floats, block, height, width));
+    is_heavy |= blocks.back().is_heavy;
+    height = block.out_height();
+    width = block.out_width();
   }
   head = {pack_linear_weight(floats + plan.head.weight, plan.head.cout, plan.head.cin),
           pack_vector(floats + plan.head.bias, plan.head.cout), plan.head.cin, plan.head.cout};
   measure();
 }
 
-PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape, int64_t kernel) {
-  return {pack_conv_weight(floats + shape.weight, shape.cout, shape.cin, kernel),
-          pack_vector(floats + shape.bias, shape.cout),
-          shape.cin,
-          shape.cout,
-          vectors(shape.cout),
-          kernel};
+PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_t height, int64_t width) {
+  PackedBlock block{};
+  block.shape = shape;
+  const auto row = [&](int64_t channels, int64_t width) {
+    return planes(channels) * width * conv.lanes * element_bytes();
+  };
+  int64_t weight_bytes = 0, reach = 0, row_bytes = row(shape.cin(), width) * shape.stride;
+  for (const PlanConv& conv : shape.body) {
+    block.body.push_back(pack(floats, conv));
+    weight_bytes += block.body.back().bytes;
+    row_bytes += row(conv.cout, conv.out_width);
+    if (&conv != &shape.body.front()) reach += conv.kernel / 2;
+  }
+  if (shape.shortcut == Shortcut::projection) block.projection = pack(floats, shape.projection);
+  // In place, a row must not be written before the first convolution has read it.
+  const bool in_strips = reach >= shape.body.front().kernel / 2;
+  block.strip = in_strips ? std::max<int64_t>(kStripBytes / row_bytes, 4) : shape.out_height();
+  block.is_heavy = weight_bytes > std::max(kWeightBytes, map_bytes(shape.cin(), height, width));
+  const PlanRouter& router = shape.router;
+  block.router = {pack_linear_weight(floats + router.weight1, router.width, router.cin),
+                  pack_vector(floats + router.bias1, router.width), router.cin, router.width};
+  block.router_weight2 = pack_vector(floats + router.weight2, router.width);
+  block.router_bias2 = floats[router.bias2];
+  return block;
 }
 
-const void* PackedPlan::pack_conv_weight(const float* weight, int64_t cout, int64_t cin, int64_t kernel) {
-  const int64_t lanes = conv.lanes, taps = kernel * kernel, step = conv.word_channels;
-  const int64_t read = conv.tiles ? vectors(cin) * lanes : cin;
-  packed_.emplace_back(vectors(cout) * lanes * ((read + step - 1) / step) * taps);
+PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
+  const int64_t cout = shape.cout, cin = shape.cin, kernel = shape.kernel, taps = kernel * kernel;
+  const int64_t lanes = kernel == 7 ? kImageLanes : conv.lanes, step = conv.word_channels;
+  const int64_t tile_rows = conv.group == 1 ? 8 : 16;  // of what matrix registers read: half of one, or one
+  const auto words_of = [&](int64_t channels) { return ((conv.tiles ? lanes : channels) + step - 1) / step; };
+  const auto rows_of = [&](int64_t words) {
+    return conv.tiles ? round_up(words * kernel, tile_rows) : words * kernel;
+  };
+  packed_.emplace_back(vectors(cout) * conv.vector * ((cin + lanes - 1) / lanes) * kernel *
+                       rows_of(words_of(std::min(lanes, cin))));
+  const float* weight = floats + shape.weight;
   float* to = packed_.back().get();
   for (int64_t vector = 0; vector < vectors(cout); vector += conv.group) {
-    const int64_t first = vector * lanes;
-    const int64_t n = std::min<int64_t>(conv.group, vectors(cout) - vector) * lanes;
+    const int64_t first = vector * conv.vector;
+    const int64_t n = std::min<int64_t>(conv.group, vectors(cout) - vector) * conv.vector;
     for (int64_t block = 0; block < cin; block += lanes) {
-      const int64_t words = conv.tiles ? lanes / step : (std::min(lanes, cin - block) + step - 1) / step;
-      for (int64_t ky = 0; ky < kernel; ++ky, to += words * kernel * n) {
+      const int64_t words = words_of(std::min(lanes, cin - block)), rows = rows_of(words);
+      for (int64_t ky = 0; ky < kernel; ++ky, to += rows * n) {
         for (int64_t i = 0; i < words * kernel; ++i) {
           const int64_t word = conv.tiles ? i % words : i / kernel, kx = conv.tiles ? i / words : i % kernel;
           const int64_t c = block + word * step;
@@ -105,17 +139,18 @@ const void* PackedPlan::pack_conv_weight(const float* weight, int64_t cout, int6
       }
     }
   }
-  return packed_.back().get();
+  const float* packed = packed_.back().get();
+  return {packed, pack_vector(floats + shape.bias, cout), shape, vectors(cout), (to - packed) * 4};
 }
 
 const float* PackedPlan::pack_vector(const float* values, int64_t n) {
-  packed_.emplace_back(vectors(n) * conv.lanes);
+  packed_.emplace_back(vectors(n) * conv.vector);
   std::copy(values, values + n, packed_.back().get());
   return packed_.back().get();
 }
 
 const float* PackedPlan::pack_linear_weight(const float* weight, int64_t outputs, int64_t inputs) {
-  const int64_t lanes = conv.lanes;
+  const int64_t lanes = conv.vector;
   packed_.emplace_back(vectors(outputs) * lanes * inputs);
   float* to = packed_.back().get();
   for (int64_t o = 0; o < outputs; ++o) {
@@ -125,69 +160,82 @@ const float* PackedPlan::pack_linear_weight(const float* weight, int64_t outputs
   return to;
 }
 
+int64_t PackedPlan::map_bytes(int64_t channels, int64_t height, int64_t width) const {
+  const int64_t pixels = planes(channels) * (height + 2) * (width + 2) + kSlackPixels;
+  return whole_lines(pixels * conv.lanes * element_bytes());
+}
+
 void PackedPlan::measure() {
-  const auto grow = [](int64_t& bytes, int64_t elements, int64_t element_bytes) {
-    bytes = std::max(bytes, whole_lines(elements * element_bytes) + kGuardBytes);
-  };
-  const auto map = [&](int64_t& bytes, int64_t channels, int64_t height, int64_t width) {
-    const int64_t pixels = vectors(channels) * (height + 2) * (width + 2) + kSlackPixels;
-    grow(bytes, pixels * conv.lanes, element_bytes());
-  };
+  const auto grow = [](int64_t& bytes, int64_t wanted) { bytes = std::max(bytes, wanted + kGuardBytes); };
+  const auto floats = [](int64_t n) { return whole_lines(n * sizeof(float)); };
   const auto state = [&](int64_t channels, int64_t height, int64_t width) {
-    map(state_bytes_, channels, height, width);
-    grow(sums_bytes_, vectors(channels) * conv.lanes * height, sizeof(float));
-    grow(pooled_bytes_, vectors(channels) * conv.lanes, sizeof(float));
+    const int64_t padded = vectors(channels) * conv.vector;
+    grow(state_bytes_, map_bytes(channels, height, width));
+    grow(sums_bytes_, floats(padded * height));
+    grow(pooled_bytes_, floats(padded));
   };
-  map(middle_bytes_, plan.in_channels, plan.in_height, plan.in_width);
-  state(plan.stem.cout, plan.in_height, plan.in_width);
+  if (plan.stem.kernel == 7) {
+    const int64_t pixels = (plan.in_height + 6) * (plan.in_width + 6) + kSlackPixels;
+    grow(middle_bytes_[0], whole_lines(pixels * kImageLanes * element_bytes()));
+  } else {
+    grow(middle_bytes_[0], map_bytes(plan.in_channels, plan.in_height, plan.in_width));
+  }
+  state(plan.stem.cout, plan.stem.out_height, plan.stem.out_width);
   for (const PlanBlock& block : plan.blocks) {
-    map(middle_bytes_, block.conv1.cout, block.out_height, block.out_width);
-    grow(hidden_bytes_, block.router.width, sizeof(float));
-    state(block.conv2.cout, block.out_height, block.out_width);
+    for (size_t i = 0; i + 1 < block.body.size(); ++i) {
+      const PlanConv& conv = block.body[i];
+      grow(middle_bytes_[i % 2], map_bytes(conv.cout, conv.out_height, conv.out_width));
+    }
+    grow(hidden_bytes_, floats(block.router.width));
+    state(block.cout(), block.out_height(), block.out_width());
   }
 }
 
 int64_t PackedPlan::workspace_samples() const {
-  const int64_t fitting = (kWorkspaceBytes - middle_bytes_ - hidden_bytes_) / sample_bytes();
+  if (is_heavy) return kMostSamples;
+  const int64_t fitting = (kWorkspaceBytes - middle_bytes_[0] - middle_bytes_[1]) / sample_bytes();
   return std::clamp<int64_t>(fitting, 1, kMostSamples);
 }
 
-int64_t PackedPlan::workspace_bytes() const {
-  return middle_bytes_ + hidden_bytes_ + workspace_samples() * sample_bytes();
+int64_t PackedPlan::bytes_of(int64_t samples) const {
+  return (is_heavy ? samples : 1) * (middle_bytes_[0] + middle_bytes_[1]) + samples * sample_bytes();
 }
 
-std::unique_ptr<Workspace> PackedPlan::make_workspace() const {
-  std::unique_ptr<Workspace> result(
-      new Workspace{AlignedFloats(workspace_bytes() / sizeof(float)), {}, {}, {}});
+std::unique_ptr<Workspace> PackedPlan::make_workspace(int64_t samples) const {
+  std::unique_ptr<Workspace> result(new Workspace{AlignedFloats(bytes_of(samples) / sizeof(float)), {}, {}});
   float* next = result->memory.get();
   const auto take = [&](int64_t bytes) {
     float* const end = next + bytes / sizeof(float);
     if (bytes > 0) guard(end - kGuardBytes / sizeof(float));
     return std::exchange(next, end);
   };
-  result->middle.data = take(middle_bytes_);
-  result->hidden = take(hidden_bytes_);
-  result->samples.resize(workspace_samples());
+  result->middles.resize(is_heavy ? samples : 1);
+  for (Workspace::Middle& middle : result->middles) {
+    for (int i : {0, 1}) middle[i].data = take(middle_bytes_[i]);
+  }
+  result->samples.resize(samples);
   for (Workspace::Sample& sample : result->samples) {
     sample.state.data = take(state_bytes_);
     sample.spare.data = take(state_bytes_);
     sample.row_sums = take(sums_bytes_);
     sample.pooled = take(pooled_bytes_);
+    sample.hidden = take(hidden_bytes_);
   }
   return result;
 }
 
-std::vector<std::unique_ptr<Workspace>> PackedPlan::take_workspaces(int64_t count) const {
+std::vector<std::unique_ptr<Workspace>> PackedPlan::take_workspaces(int64_t count, int64_t samples) const {
   std::vector<std::unique_ptr<Workspace>> result;
   result.reserve(count);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     while (static_cast<int64_t>(result.size()) < count && !idle_.empty()) {
-      result.push_back(std::move(idle_.back()));
+      if (idle_.back()->samples.size() >= static_cast<size_t>(samples))
+        result.push_back(std::move(idle_.back()));
       idle_.pop_back();
     }
   }
-  while (static_cast<int64_t>(result.size()) < count) result.push_back(make_workspace());
+  while (static_cast<int64_t>(result.size()) < count) result.push_back(make_workspace(samples));
   return result;
 }
 

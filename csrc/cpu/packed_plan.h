@@ -1,6 +1,7 @@
 // A plan with its weights in the order in which the kernels of one instruction-set level read them.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -26,15 +27,23 @@ class AlignedFloats {
   std::unique_ptr<float, Free> data_;
 };
 
+// Of one thread at once.
+constexpr int64_t kMostSamples = 8;
+
 struct PackedConv {
   const void* weight;
   const float* bias;
-  int64_t cin, cout, vectors, kernel;
+  PlanConv shape;
+  int64_t vectors, bytes;  // of output channels; of the weights
 };
 
 struct PackedBlock {
   PlanBlock shape;
-  PackedConv conv1, conv2, projection;
+  std::vector<PackedConv> body;
+  PackedConv projection;
+  int64_t strip;  // rows that go through the block together, as many as stay in cache from its first
+                  // convolution on
+  bool is_heavy;  // its weights do not stay in cache while a sample goes through
   Linear router;
   const float* router_weight2;
   float router_bias2;
@@ -43,7 +52,7 @@ struct PackedBlock {
 // A feature map in a buffer that is large enough for every map that will stand in it.
 struct MapBuffer {
   void* data = nullptr;
-  int64_t vectors = 0, height = 0, width = 0;
+  int64_t planes = 0, lanes = 0, halo = 0, height = 0, width = 0;
 };
 
 // What one thread writes to: in cache as long as the maps are small. It takes several samples through a block
@@ -53,12 +62,13 @@ struct Workspace {
     MapBuffer state, spare;
     float* row_sums;
     float* pooled;
+    float* hidden;
   };
+  using Middle = std::array<MapBuffer, 2>;  // what the convolutions of a body hand on, in turn
 
   AlignedFloats memory;
-  MapBuffer middle;
-  float* hidden;
   std::vector<Sample> samples;
+  std::vector<Middle> middles;  // one; or one for each sample, where they go through heavy blocks together
 };
 
 class PackedPlan {
@@ -73,29 +83,36 @@ class PackedPlan {
   const ConvFunctions& conv;
   const WalkOps& ops;
   PackedConv stem;
+  int64_t stem_strip;  // rows of the pooled map that are computed together
   std::vector<PackedBlock> blocks;
   Linear head;
+  bool is_heavy = false;  // a block is
 
   int64_t element_bytes() const { return 4 / conv.word_channels; }
-  int64_t workspace_bytes() const;
+  int64_t planes(int64_t channels) const { return (channels + conv.lanes - 1) / conv.lanes; }
+  int64_t workspace_bytes() const { return bytes_of(workspace_samples()); }
+  // The most samples that a thread takes through the blocks together.
   int64_t workspace_samples() const;
 
-  // `count` workspaces, kept for the next call after they are given back.
-  std::vector<std::unique_ptr<Workspace>> take_workspaces(int64_t count) const;
+  // `count` workspaces for `samples` samples, kept for the next call after they are given back.
+  std::vector<std::unique_ptr<Workspace>> take_workspaces(int64_t count, int64_t samples) const;
   void give_back(std::vector<std::unique_ptr<Workspace>> workspaces) const;
 
  private:
-  int64_t vectors(int64_t channels) const { return (channels + conv.lanes - 1) / conv.lanes; }
-  const void* pack_conv_weight(const float* weight, int64_t cout, int64_t cin, int64_t kernel);
+  int64_t vectors(int64_t channels) const { return planes(channels) * conv.lanes / conv.vector; }
+  int64_t map_bytes(int64_t channels, int64_t height, int64_t width) const;
   const float* pack_vector(const float* values, int64_t n);
   const float* pack_linear_weight(const float* weight, int64_t outputs, int64_t inputs);
-  PackedConv pack(const float* floats, const PlanConv& conv, int64_t kernel);
+  PackedConv pack(const float* floats, const PlanConv& conv);
+  PackedBlock pack(const float* floats, const PlanBlock& block, int64_t height, int64_t width);
   void measure();
-  int64_t sample_bytes() const { return 2 * state_bytes_ + sums_bytes_ + pooled_bytes_; }
-  std::unique_ptr<Workspace> make_workspace() const;
+  int64_t sample_bytes() const { return 2 * state_bytes_ + sums_bytes_ + pooled_bytes_ + hidden_bytes_; }
+  int64_t bytes_of(int64_t samples) const;
+  std::unique_ptr<Workspace> make_workspace(int64_t samples) const;
 
   std::vector<AlignedFloats> packed_;
-  int64_t state_bytes_ = 0, middle_bytes_ = 0, sums_bytes_ = 0, pooled_bytes_ = 0, hidden_bytes_ = 0;
+  int64_t state_bytes_ = 0, sums_bytes_ = 0, pooled_bytes_ = 0, hidden_bytes_ = 0;
+  std::array<int64_t, 2> middle_bytes_{};
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Workspace>> idle_;
 };

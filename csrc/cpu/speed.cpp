@@ -56,7 +56,8 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
     throw std::invalid_argument("conv_gflops: expected sizes and threads of 1 or more");
   }
   const ConvFunctions& functions = kernels(precision).conv;
-  const int64_t vectors = (channels + functions.lanes - 1) / functions.lanes;
+  const int64_t planes = (channels + functions.lanes - 1) / functions.lanes;
+  const int64_t vectors = planes * functions.lanes / functions.vector;
   const int64_t row = (width + 2) * functions.lanes, plane = (height + 2) * row;
   const int64_t pixel_floats = functions.lanes / functions.word_channels;
   const int64_t read = functions.tiles ? vectors * functions.lanes : channels;
@@ -70,8 +71,8 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
     const int i = next.fetch_add(2);
     float* const out = maps[i + 1].get() + (width + 3) * pixel_floats;
     Conv conv{};
-    conv.in = {maps[i].get(), row, plane};
-    conv.out = {out, row, plane};
+    conv.in = {maps[i].get(), row, plane, functions.lanes};
+    conv.out = {out, row, plane, functions.lanes};
     conv.weight = weight.get();
     conv.bias = bias.get();
     conv.cin = channels;

@@ -41,7 +41,7 @@ class Team {
 
  private:
   using RangeFunction = void (*)(const void* copy, int64_t begin, int64_t end);
-  static constexpr int kFunctionBytes = 192;
+  static constexpr int kFunctionBytes = 256;
 
   void run(int64_t units, int parts, RangeFunction function);
   void work(int part);

@@ -20,10 +20,11 @@ void require(bool condition, const std::string& message) {
 }
 
 // One channel of a row of pixels.
-template <class Convert>
-void put_channel(const float* from, int64_t step, int64_t width, int64_t lanes, void* to, Convert convert) {
-  auto* pixel = static_cast<decltype(convert(0.f))*>(to);
-  for (int64_t i = 0; i < width; ++i) pixel[i * lanes] = convert(from[i * step]);
+template <class From, class Convert>
+void put_channel(const void* from, int64_t step, int64_t width, int64_t lanes, void* to, Convert convert) {
+  const auto* value = static_cast<const From*>(from);
+  auto* pixel = static_cast<decltype(convert(*value))*>(to);
+  for (int64_t i = 0; i < width; ++i) pixel[i * lanes] = convert(value[i * step]);
 }
 
 // The groups of samples of a batch and the threads that work on them.
@@ -45,16 +46,23 @@ class Crew {
 
   void finish() { finished_.fetch_add(1, std::memory_order_release); }
 
+  // Threads that would share a phase of this driver now: itself and those that have no group of their own.
+  int64_t parts() const {
+    const int64_t idle = idle_.load(std::memory_order_relaxed);
+    if (idle == 0) return 1;
+    const int64_t active = groups_ - finished_.load(std::memory_order_relaxed);  // this one, at least
+    return 1 + (idle + active - 1) / active;
+  }
+
   // Calls function on ranges that cover [0, units), with the threads that have no group of their own.
   template <class Function>
   void share(int64_t driver, int64_t units, const Function& function) {
-    const int64_t idle = idle_.load(std::memory_order_relaxed);
-    if (idle == 0) {
+    const int64_t n = parts();
+    if (n == 1) {
       function(int64_t{0}, units);
-      return;
+    } else {
+      teams_[driver].run(units, n, function);
     }
-    const int64_t active = groups_ - finished_.load(std::memory_order_relaxed);  // this one, at least
-    teams_[driver].run(units, 1 + (idle + active - 1) / active, function);
   }
 
   // By a thread that found no group: helps the others until all have finished.
@@ -84,70 +92,147 @@ class Crew {
   std::atomic<int64_t> idle_{0};
 };
 
-// One sample on its way through the blocks.
+// What a convolution reads and writes of one sample.
+struct Place {
+  void *in, *out;
+  bool relu;
+  float* row_sums;
+};
+
+// Some rows of a convolution, for one sample or several.
+struct ConvPhase {
+  Conv conv;            // of the first sample
+  const Place* places;  // of all samples where they are several
+  int64_t samples, first_row, rows, groups;
+  void (*run)(const Conv& conv, int64_t begin, int64_t end);
+  // The smaller of weights and maps stays in cache while the other streams by: all samples for a group of
+  // output channels, or all output channels for a row.
+  bool by_group;
+
+  int64_t units() const { return (by_group ? groups : 1) * samples * rows; }
+
+  void operator()(int64_t begin, int64_t end) const {
+    Conv work = conv;
+    for (int64_t n; begin < end; begin += n) {
+      const int64_t row = begin % rows, sample = begin / rows % samples, group = begin / rows / samples;
+      n = std::min(end - begin, rows - row);
+      if (samples > 1) {
+        work.in.data = places[sample].in;
+        work.out.data = places[sample].out;
+        work.relu = places[sample].relu;
+        work.row_sums = places[sample].row_sums;
+      }
+      for (int64_t g = by_group ? group : 0; g < (by_group ? group + 1 : groups); ++g) {
+        const int64_t unit = g * conv.height + first_row + row;
+        run(work, unit, unit + n);
+      }
+    }
+  }
+};
+
+// Some samples on their way through the blocks.
 class Walk {
  public:
-  Walk(const PackedPlan& plan, Workspace& workspace, int64_t place, Crew& crew, int64_t driver)
-      : plan_(plan),
-        lanes_(plan.conv.lanes),
-        w_(workspace.samples[place]),
-        middle_(workspace.middle),
-        hidden_(workspace.hidden),
-        crew_(crew),
-        driver_(driver) {}
+  Walk(const PackedPlan& plan, Workspace& workspace, Crew& crew, int64_t driver)
+      : plan_(plan), workspace_(workspace), crew_(crew), driver_(driver) {}
 
-  void enter(const WalkBatch& batch, int64_t sample) {
-    load(batch, batch.x + sample * batch.stride_n);
-    shape(w_.state, plan_.stem.vectors, plan_.plan.in_height, plan_.plan.in_width);
-    run_conv(plan_.stem, 1, middle_, w_.state, false, true, true);
-    pooled_ = false;
+  void enter(const WalkBatch& batch, int64_t first, int64_t samples) {
+    first_ = first;
+    samples_ = samples;
+    for (int64_t i = 0; i < samples; ++i) {
+      load(batch, (first + i) * batch.stride_n);
+      run_stem(workspace_.samples[i]);
+      pooled_[i] = false;
+    }
   }
 
-  void pass(const WalkBatch& batch, int64_t sample, int64_t number) {
+  void pass(const WalkBatch& batch, int64_t number) {
     const PackedBlock& block = plan_.blocks[number];
-    const int64_t place = sample * plan_.blocks.size() + number;
-    const bool execute = batch.paths == nullptr ? decide(block, batch.threshold) : batch.paths[place] != 0;
-    batch.decisions[place] = execute;
-    run_block(block, execute);
+    uint8_t* decisions = batch.decisions + first_ * plan_.blocks.size() + number;
+    const int64_t step = plan_.blocks.size();
+    if (batch.paths == nullptr) decide(block, batch.threshold, decisions);
+    int64_t executing[kMostSamples], all[kMostSamples], n = 0;
+    bool skips[kMostSamples];
+    for (int64_t i = 0; i < samples_; ++i) {
+      uint8_t& decision = decisions[i * step];
+      if (batch.paths != nullptr) decision = batch.paths[&decision - batch.decisions] != 0;
+      all[i] = i;
+      skips[i] = !decision;
+      if (decision) executing[n++] = i;
+    }
+    const bool identity = block.shape.shortcut == Shortcut::identity;
+    if (!identity) {
+      for (int64_t i = 0; i < samples_; ++i) {
+        shape(workspace_.samples[i].spare, block.shape.cout(), block.shape.out_height(),
+              block.shape.out_width());
+        // That of a sample whose body goes strip by strip is computed with it.
+        if (!block.is_heavy && skips[i]) run_shortcut(block, &i, 1, 0, block.shape.out_height(), skips);
+      }
+      if (block.is_heavy) run_shortcut(block, all, samples_, 0, block.shape.out_height(), skips);
+    }
+    const int64_t together = block.is_heavy ? n : 1;
+    for (int64_t i = 0; i < n; i += together) run_body(block, executing + i, together);
+    for (int64_t i = 0; i < samples_; ++i) {
+      if (!identity) std::swap(workspace_.samples[i].state, workspace_.samples[i].spare);
+      pooled_[i] &= identity && skips[i];
+    }
   }
 
-  void leave(const WalkBatch& batch, int64_t sample) {
-    pool();
-    plan_.ops.linear(plan_.head, w_.pooled, batch.logits + sample * plan_.plan.num_classes);
+  void leave(const WalkBatch& batch) {
+    const int64_t classes = plan_.plan.num_classes;
+    Vectors vectors{};
+    for (int64_t i = 0; i < samples_; ++i) {
+      pool(i);
+      vectors.in[i] = workspace_.samples[i].pooled;
+      vectors.out[i] = batch.logits + (first_ + i) * classes;
+    }
+    const Linear& head = plan_.head;
+    crew_.share(driver_, plan_.ops.linear_columns(head),
+                [&head, &vectors, n = samples_, run = plan_.ops.linear](int64_t begin, int64_t end) {
+                  run(head, vectors.in, vectors.out, n, begin, end);
+                });
   }
 
  private:
-  int64_t row(const MapBuffer& map) const { return (map.width + 2) * lanes_; }
-  int64_t plane(const MapBuffer& map) const { return (map.height + 2) * row(map); }
+  struct Vectors {
+    const float* in[kMostSamples];
+    float* out[kMostSamples];
+  };
+
+  static int64_t row(const MapBuffer& map) { return (map.width + 2 * map.halo) * map.lanes; }
+  static int64_t plane(const MapBuffer& map) { return (map.height + 2 * map.halo) * row(map); }
   char* at(const MapView& map, int64_t element) const {
     return static_cast<char*>(map.data) + element * plan_.element_bytes();
   }
 
-  MapView whole(const MapBuffer& map) const { return {map.data, row(map), plane(map)}; }
-
-  // Begins at pixel (0, 0), one row and one pixel behind the halo's first.
-  MapView inside(const MapBuffer& map) const {
-    return {at(whole(map), row(map) + lanes_), row(map), plane(map)};
+  // Begins `border` rows and pixels in front of pixel (0, 0).
+  MapView view(const MapBuffer& map, int64_t border) const {
+    const MapView whole{map.data, row(map), plane(map), map.lanes};
+    return {at(whole, (map.halo - border) * (whole.row + map.lanes)), whole.row, whole.plane, map.lanes};
   }
 
   // The halo stays zero while maps of the same shape are written, for whatever writes them writes inside it.
-  void shape(MapBuffer& map, int64_t vectors, int64_t height, int64_t width) const {
-    if (map.vectors == vectors && map.height == height && map.width == width) return;
-    map.vectors = vectors;
-    map.height = height;
-    map.width = width;
-    const MapView view = whole(map);
+  void shape(MapBuffer& map, int64_t planes, int64_t lanes, int64_t halo, int64_t height,
+             int64_t width) const {
+    const MapBuffer wanted{map.data, planes, lanes, halo, height, width};
+    if (std::memcmp(&map, &wanted, sizeof(map)) == 0) return;
+    map = wanted;
+    const MapView whole = view(map, halo);
     const auto clear = [&](int64_t element, int64_t n) {
-      std::memset(at(view, element), 0, n * plan_.element_bytes());
+      std::memset(at(whole, element), 0, n * plan_.element_bytes());
     };
-    for (int64_t begin = 0; begin < vectors * view.plane; begin += view.plane) {
-      clear(begin, view.row);
-      for (int64_t y = 1; y <= height; ++y) {
-        clear(begin + y * view.row, lanes_);
-        clear(begin + (y + 1) * view.row - lanes_, lanes_);
+    for (int64_t begin = 0; begin < planes * whole.plane; begin += whole.plane) {
+      clear(begin, halo * whole.row);
+      for (int64_t y = halo; y < halo + height; ++y) {
+        clear(begin + y * whole.row, halo * lanes);
+        clear(begin + (y + 1) * whole.row - halo * lanes, halo * lanes);
       }
-      clear(begin + (height + 1) * view.row, view.row);
+      clear(begin + (halo + height) * whole.row, halo * whole.row);
     }
+  }
+
+  void shape(MapBuffer& map, int64_t channels, int64_t height, int64_t width) const {
+    shape(map, plan_.planes(channels), plan_.conv.lanes, 1, height, width);
   }
 
   template <class Function>
@@ -155,143 +240,255 @@ class Walk {
     crew_.share(driver_, units, function);
   }
 
-  void load(const WalkBatch& batch, const float* x) const {
+  void load(const WalkBatch& batch, int64_t first) const {
     const Plan& plan = plan_.plan;
-    shape(middle_, (plan.in_channels + lanes_ - 1) / lanes_, plan.in_height, plan.in_width);
-    const MapView map = inside(middle_);
+    MapBuffer& image = workspace_.middles[0][0];
+    const int64_t halo = plan.stem.kernel / 2, lanes = halo > 1 ? kImageLanes : plan_.conv.lanes;
+    shape(image, (plan.in_channels + lanes - 1) / lanes, lanes, halo, plan.in_height, plan.in_width);
+    const MapView map = view(image, 0);
     share(plan.in_height, [&](int64_t begin, int64_t end) {
       for (int64_t y = begin; y < end; ++y) {
         if (plan_.precision == Precision::bfloat16) {
-          char* last = at(map, (middle_.vectors - 1) * map.plane + y * map.row);
-          std::memset(last, 0, plan.in_width * lanes_ * plan_.element_bytes());
+          char* last = at(map, (image.planes - 1) * map.plane + y * map.row);
+          std::memset(last, 0, plan.in_width * lanes * plan_.element_bytes());
         }
         for (int64_t c = 0; c < plan.in_channels; ++c) {
-          const float* from = x + c * batch.stride_c + y * batch.stride_h;
-          char* to = at(map, c / lanes_ * map.plane + y * map.row + c % lanes_);
-          if (plan_.precision == Precision::float32) {
-            put_channel(from, batch.stride_w, plan.in_width, lanes_, to, [](float value) { return value; });
+          const int64_t offset = first + c * batch.stride_c + y * batch.stride_h;
+          const void* from = static_cast<const char*>(batch.x) + offset * (batch.is_bfloat16 ? 2 : 4);
+          char* to = at(map, c / lanes * map.plane + y * map.row + c % lanes);
+          const auto put = [&](auto zero, auto convert) {
+            put_channel<decltype(zero)>(from, batch.stride_w, plan.in_width, lanes, to, convert);
+          };
+          if (batch.is_bfloat16) {
+            put(uint16_t{}, [](uint16_t value) { return value; });
+          } else if (plan_.precision == Precision::float32) {
+            put(0.f, [](float value) { return value; });
           } else {
-            put_channel(from, batch.stride_w, plan.in_width, lanes_, to, to_bfloat16);
+            put(0.f, to_bfloat16);
           }
         }
       }
     });
   }
 
-  void run_conv(const PackedConv& conv, int64_t stride, const MapBuffer& in, const MapBuffer& out,
-                bool residual, bool relu, bool sums) const {
-    Conv work{};
-    work.in = conv.kernel == 3 ? whole(in) : inside(in);
-    work.out = inside(out);
+  struct Maps {
+    const MapBuffer &in, &out;
+    bool relu;
+    float* row_sums;
+  };
+
+  // Rows [begin, end) of the output, of `n` samples, for each of which maps(i) says what is read and written.
+  template <class OfSample>
+  void run_conv(const PackedConv& conv, int64_t n, int64_t begin, int64_t end, bool residual,
+                const OfSample& maps) const {
+    if (begin == end) return;
+    Place places[kMostSamples];
+    for (int64_t i = 0; i < n; ++i) {
+      const Maps each = maps(i);
+      places[i] = {view(each.in, conv.shape.kernel / 2).data, view(each.out, 0).data, each.relu,
+                   each.row_sums};
+    }
+    const Maps first = maps(0);
+    ConvPhase phase{};
+    Conv& work = phase.conv;
+    work.in = view(first.in, conv.shape.kernel / 2);
+    work.out = view(first.out, 0);
     work.weight = conv.weight;
     work.bias = conv.bias;
-    work.cin = conv.cin;
-    work.kernel = conv.kernel;
-    work.stride = stride;
-    work.height = out.height;
-    work.width = out.width;
-    work.cout = conv.cout;
+    work.cin = conv.shape.cin;
+    work.kernel = conv.shape.kernel;
+    work.stride = conv.shape.stride;
+    work.height = first.out.height;
+    work.width = first.out.width;
+    work.cout = conv.shape.cout;
     work.vectors = conv.vectors;
     work.residual = residual;
-    work.relu = relu;
-    work.row_sums = sums ? w_.row_sums : nullptr;
-    share(plan_.conv.units(work),
-          [work, run = plan_.conv.run](int64_t begin, int64_t end) { run(work, begin, end); });
+    work.relu = first.relu;
+    work.row_sums = first.row_sums;
+    phase.places = places;
+    phase.samples = n;
+    phase.first_row = begin;
+    phase.rows = end - begin;
+    phase.groups = plan_.conv.units(work) / work.height;
+    phase.run = plan_.conv.run;
+    phase.by_group = conv.bytes > n * first.in.planes * plane(first.in) * plan_.element_bytes();
+    share(phase.units(), phase);
   }
 
-  // Its output needs no ReLU: a map that is padded holds nothing negative.
-  void run_pad(const PlanBlock& block, const MapBuffer& in, const MapBuffer& out, bool sums) const {
+  void run_stem(Workspace::Sample& sample) const {
+    const PlanConv& stem = plan_.plan.stem;
+    const PlanPool& pool = plan_.plan.pool;
+    const MapBuffer& image = workspace_.middles[0][0];
+    if (pool.kernel == 0) {
+      shape(sample.state, stem.cout, stem.out_height, stem.out_width);
+      run_conv(plan_.stem, 1, 0, stem.out_height, false,
+               [&](int64_t) { return Maps{image, sample.state, true, sample.row_sums}; });
+      return;
+    }
+    shape(sample.spare, stem.cout, stem.out_height, stem.out_width);
+    shape(sample.state, stem.cout, plan_.plan.height, plan_.plan.width);
+    MaxPool work{};
+    work.in = view(sample.spare, pool.padding);
+    work.out = view(sample.state, 0);
+    work.kernel = pool.kernel;
+    work.stride = pool.stride;
+    work.width = plan_.plan.width;
+    work.vectors = plan_.stem.vectors;
+    work.row_sums = sample.row_sums;
+    const int64_t strip = plan_.stem_strip * crew_.parts();
+    for (int64_t begin = 0, end, done = 0; begin < plan_.plan.height; begin = end) {
+      end = std::min(begin + strip, plan_.plan.height);
+      const int64_t needed = std::min((end - 1) * pool.stride + pool.kernel - pool.padding, stem.out_height);
+      run_conv(plan_.stem, 1, done, needed, false,
+               [&](int64_t) { return Maps{image, sample.spare, true, nullptr}; });
+      done = needed;
+      share(end - begin, [work, begin, run = plan_.ops.max_pool](int64_t first, int64_t last) {
+        run(work, begin + first, begin + last);
+      });
+    }
+  }
+
+  // Rows [begin, end). Its output needs no ReLU: a map that is padded holds nothing negative.
+  void run_pad(const PlanBlock& block, const Workspace::Sample& sample, int64_t begin, int64_t end,
+               bool sums) const {
     PadShortcut work{};
-    work.in = inside(in);
-    work.out = inside(out);
-    work.cin = block.conv1.cin;
-    work.cout = block.conv2.cout;
+    work.in = view(sample.state, 0);
+    work.out = view(sample.spare, 0);
+    work.cin = block.cin();
+    work.cout = block.cout();
     work.pad_before = block.pad_before;
     work.stride = block.stride;
-    work.height = out.height;
-    work.width = out.width;
-    work.row_sums = sums ? w_.row_sums : nullptr;
-    share(out.height,
-          [work, run = plan_.ops.pad_shortcut](int64_t begin, int64_t end) { run(work, begin, end); });
+    work.width = block.out_width();
+    work.row_sums = sums ? sample.row_sums : nullptr;
+    share(end - begin, [work, begin, run = plan_.ops.pad_shortcut](int64_t first, int64_t last) {
+      run(work, begin + first, begin + last);
+    });
   }
 
-  void pool() {
-    if (pooled_) return;
-    const MapBuffer& map = w_.state;
-    plan_.ops.pool(w_.row_sums, map.height, map.vectors, map.height * map.width, w_.pooled);
-    pooled_ = true;
-  }
-
-  bool decide(const PackedBlock& block, float threshold) {
-    pool();
-    plan_.ops.linear(block.router, w_.pooled, hidden_);
-    return plan_.ops.margin(hidden_, block.router_weight2, block.router_bias2, block.router.outputs) >
-           threshold;
-  }
-
-  void run_block(const PackedBlock& block, bool execute) {
-    const PlanBlock& size = block.shape;
-    const bool identity = size.shortcut == Shortcut::identity;
-    if (identity && !execute) return;
-    pooled_ = false;
-    if (!identity) {
-      shape(w_.spare, block.conv2.vectors, size.out_height, size.out_width);
-      if (size.shortcut == Shortcut::pad) {
-        run_pad(size, w_.state, w_.spare, !execute);
-      } else {
-        run_conv(block.projection, size.stride, w_.state, w_.spare, false, !execute, !execute);
+  // Rows [begin, end) of the spare maps of some samples; for those that skip the body they are the block's
+  // result.
+  void run_shortcut(const PackedBlock& block, const int64_t* samples, int64_t n, int64_t begin, int64_t end,
+                    const bool* skips) const {
+    if (block.shape.shortcut == Shortcut::projection) {
+      run_conv(block.projection, n, begin, end, false, [&](int64_t i) {
+        const Workspace::Sample& sample = workspace_.samples[samples[i]];
+        const bool is_last = skips[samples[i]];
+        return Maps{sample.state, sample.spare, is_last, is_last ? sample.row_sums : nullptr};
+      });
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        run_pad(block.shape, workspace_.samples[samples[i]], begin, end, skips[samples[i]]);
       }
     }
-    if (execute) {
-      shape(middle_, block.conv1.vectors, size.out_height, size.out_width);
-      run_conv(block.conv1, size.stride, w_.state, middle_, false, true, false);
-      run_conv(block.conv2, 1, middle_, identity ? w_.state : w_.spare, true, true, true);
-    }
-    if (!identity) std::swap(w_.state, w_.spare);
   }
 
+  void pool(int64_t i) {
+    if (pooled_[i]) return;
+    const Workspace::Sample& sample = workspace_.samples[i];
+    const MapBuffer& map = sample.state;
+    const int64_t vectors = map.planes * map.lanes / plan_.conv.vector;
+    plan_.ops.pool(sample.row_sums, map.height, vectors, map.height * map.width, sample.pooled);
+    pooled_[i] = true;
+  }
+
+  void decide(const PackedBlock& block, float threshold, uint8_t* decisions) {
+    Vectors vectors{};
+    for (int64_t i = 0; i < samples_; ++i) {
+      pool(i);
+      vectors.in[i] = workspace_.samples[i].pooled;
+      vectors.out[i] = workspace_.samples[i].hidden;
+    }
+    plan_.ops.linear(block.router, vectors.in, vectors.out, samples_, 0,
+                     plan_.ops.linear_columns(block.router));
+    for (int64_t i = 0; i < samples_; ++i) {
+      const float margin =
+          plan_.ops.margin(vectors.out[i], block.router_weight2, block.router_bias2, block.router.outputs);
+      decisions[i * plan_.blocks.size()] = margin > threshold;
+    }
+  }
+
+  // `n` samples together, strip by strip of rows: each convolution goes as far as the next one needs it.
+  void run_body(const PackedBlock& block, const int64_t* samples, int64_t n) {
+    const std::vector<PlanConv>& body = block.shape.body;
+    const bool identity = block.shape.shortcut == Shortcut::identity;
+    const int64_t last = body.size() - 1, height = block.shape.out_height();
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < last; ++j) {
+        shape(workspace_.middles[i][j % 2], body[j].cout, body[j].out_height, body[j].out_width);
+      }
+    }
+    const bool skips[kMostSamples] = {};
+    const int64_t strip = block.is_heavy ? height : block.strip * crew_.parts();
+    int64_t done[kMostBody] = {}, needed[kMostBody];
+    while (done[last] < height) {
+      needed[last] = std::min(done[last] + strip, height);
+      for (int64_t j = last; j > 0; --j) {
+        const int64_t rows = (needed[j] - 1) * body[j].stride + 1 + body[j].kernel / 2;
+        needed[j - 1] = std::min(rows, body[j - 1].out_height);
+      }
+      for (int64_t j = 0; j <= last; ++j) {
+        if (j == last && !identity && !block.is_heavy) {
+          run_shortcut(block, samples, n, done[j], needed[j], skips);
+        }
+        run_conv(block.body[j], n, done[j], needed[j], j == last, [&](int64_t i) {
+          const Workspace::Sample& sample = workspace_.samples[samples[i]];
+          Workspace::Middle& middle = workspace_.middles[i];
+          const MapBuffer& in = j == 0 ? sample.state : middle[(j - 1) % 2];
+          const MapBuffer& out = j < last ? middle[j % 2] : identity ? sample.state : sample.spare;
+          return Maps{in, out, true, j == last ? sample.row_sums : nullptr};
+        });
+        done[j] = needed[j];
+      }
+    }
+  }
+
+  static constexpr int64_t kMostBody = 3;
+
   const PackedPlan& plan_;
-  const int64_t lanes_;
-  Workspace::Sample& w_;
-  MapBuffer& middle_;
-  float* const hidden_;
+  Workspace& workspace_;
   Crew& crew_;
   const int64_t driver_;
-  bool pooled_ = false;  // w_.pooled is that of w_.state
+  int64_t first_ = 0, samples_ = 0;
+  bool pooled_[kMostSamples] = {};  // the pooled vector is that of the state
 };
+
+// Samples that a thread takes together.
+int64_t group_size(const PackedPlan& plan, int64_t batch, int64_t threads) {
+  const int64_t most = plan.workspace_samples();
+  // Large enough to reuse weights, small enough that all threads end together.
+  if (!plan.is_heavy) return std::clamp<int64_t>(batch / (2 * threads), 1, most);
+  // As large as can be where weights come from memory; threads help each other to the end.
+  const int64_t turns = (batch + threads * most - 1) / (threads * most);
+  return (batch + threads * turns - 1) / (threads * turns);
+}
 
 }  // namespace
 
 void walk(const PackedPlan& plan, const WalkBatch& batch, int threads) {
   require(batch.size >= 0, "batch: expected 0 or more, got " + std::to_string(batch.size));
   require(threads >= 1, "threads: expected 1 or more, got " + std::to_string(threads));
+  require(!batch.is_bfloat16 || plan.precision == Precision::bfloat16, "x: expected float32, got bfloat16");
   if (batch.size == 0) return;
   require(batch.x != nullptr, "x: null pointer");
   require(batch.logits != nullptr, "logits: null pointer");
   require(batch.decisions != nullptr || plan.blocks.empty(), "decisions: null pointer");
-  // Large enough to reuse weights, small enough that all threads end together.
-  const int64_t share = batch.size / (2 * int64_t{threads});
-  const int64_t size = std::clamp<int64_t>(share, 1, plan.workspace_samples());
+  const int64_t size = group_size(plan, batch.size, threads);
   const int64_t groups = (batch.size + size - 1) / size;
   // Threads beyond what all teams can use would only wait.
   const int64_t workers = threads / Team::kMaxParts < groups ? threads : groups * Team::kMaxParts;
   Crew crew(groups, workers);
-  std::vector<std::unique_ptr<Workspace>> workspaces = plan.take_workspaces(crew.drivers());
+  std::vector<std::unique_ptr<Workspace>> workspaces = plan.take_workspaces(crew.drivers(), size);
   // Each range is a worker. The first to come take the groups.
   parallel_for(workers, 1, static_cast<int>(workers), [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       int64_t group = crew.next();
       if (group >= 0) {
         const int64_t driver = crew.join();
-        std::vector<Walk> walks;
-        for (int64_t i = 0; i < size; ++i) walks.emplace_back(plan, *workspaces[driver], i, crew, driver);
+        Walk walk(plan, *workspaces[driver], crew, driver);
         for (; group >= 0; group = crew.next()) {
-          const int64_t first = group * size, n = std::min(size, batch.size - first);
-          for (int64_t i = 0; i < n; ++i) walks[i].enter(batch, first + i);
-          for (size_t block = 0; block < plan.blocks.size(); ++block) {
-            for (int64_t i = 0; i < n; ++i) walks[i].pass(batch, first + i, block);
-          }
-          for (int64_t i = 0; i < n; ++i) walks[i].leave(batch, first + i);
+          walk.enter(batch, group * size, std::min(size, batch.size - group * size));
+          for (size_t block = 0; block < plan.blocks.size(); ++block) walk.pass(batch, block);
+          walk.leave(batch);
           crew.finish();
         }
       }

@@ -9,7 +9,8 @@
 namespace spnet::cpu {
 
 struct WalkBatch {
-  const float* x;
+  const void* x;     // float32, or bfloat16 where the plan is
+  bool is_bfloat16;  // x is
   int64_t size;
   int64_t stride_n, stride_c, stride_h, stride_w;  // in elements
   const uint8_t* paths;  // [size, blocks], non-zero: executes; null: the routers decide

@@ -11,24 +11,25 @@ template <int kChunk>
 void pad_row(const PadShortcut& pad, int64_t y) {
   const auto* in = static_cast<const Element*>(pad.in.data) + y * pad.stride * pad.in.row;
   auto* out = static_cast<Element*>(pad.out.data) + y * pad.out.row;
-  const int64_t padded = (pad.cout + kLanes - 1) / kLanes * kLanes;
+  const int64_t in_lanes = pad.in.lanes, out_lanes = pad.out.lanes;
+  const int64_t padded = (pad.cout + out_lanes - 1) / out_lanes * out_lanes;
   for (int64_t c = 0; c < padded; c += kChunk) {
     const int64_t from_channel = c - pad.pad_before;
-    Element* to = out + c / kLanes * pad.out.plane + c % kLanes;
+    Element* to = out + c / out_lanes * pad.out.plane + c % out_lanes;
     if (from_channel < 0 || from_channel >= pad.cin) {
-      for (int64_t x = 0; x < pad.width; ++x) std::memset(to + x * kLanes, 0, kChunk * sizeof(Element));
+      for (int64_t x = 0; x < pad.width; ++x) std::memset(to + x * out_lanes, 0, kChunk * sizeof(Element));
     } else {
-      const Element* from = in + from_channel / kLanes * pad.in.plane + from_channel % kLanes;
+      const Element* from = in + from_channel / in_lanes * pad.in.plane + from_channel % in_lanes;
       for (int64_t x = 0; x < pad.width; ++x) {
-        std::memcpy(to + x * kLanes, from + x * pad.stride * kLanes, kChunk * sizeof(Element));
+        std::memcpy(to + x * out_lanes, from + x * pad.stride * in_lanes, kChunk * sizeof(Element));
       }
     }
   }
   if (pad.row_sums == nullptr) return;
   for (int64_t c = 0; c < padded; c += kLanes) {
     Vec sum{};
-    for (int64_t x = 0; x < pad.width; ++x)
-      sum += load_elements(out + c / kLanes * pad.out.plane + x * kLanes);
+    const Element* from = out + c / out_lanes * pad.out.plane + c % out_lanes;
+    for (int64_t x = 0; x < pad.width; ++x) sum += load_elements(from + x * out_lanes);
     store(pad.row_sums + y * padded + c, sum);
   }
 }
@@ -36,6 +37,33 @@ void pad_row(const PadShortcut& pad, int64_t y) {
 void pad_shortcut(const PadShortcut& pad, int64_t row_begin, int64_t row_end) {
   const bool aligned = pad.pad_before % 4 == 0 && pad.cin % 4 == 0;
   for (int64_t y = row_begin; y < row_end; ++y) aligned ? pad_row<4>(pad, y) : pad_row<1>(pad, y);
+}
+
+// Keeps NaN.
+inline Vec larger(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
+
+void max_pool(const MaxPool& pool, int64_t row_begin, int64_t row_end) {
+  const int64_t lanes = pool.in.lanes;
+  for (int64_t y = row_begin; y < row_end; ++y) {
+    for (int64_t v = 0; v < pool.vectors; ++v) {
+      const int64_t plane = v * kLanes / lanes, lane = v * kLanes % lanes;
+      const Element* from = static_cast<const Element*>(pool.in.data) + plane * pool.in.plane +
+                            y * pool.stride * pool.in.row + lane;
+      Element* to = static_cast<Element*>(pool.out.data) + plane * pool.out.plane + y * pool.out.row + lane;
+      Vec sum{};
+      for (int64_t x = 0; x < pool.width; ++x, from += pool.stride * lanes, to += lanes) {
+        Vec most{};
+        for (int64_t ky = 0; ky < pool.kernel; ++ky) {
+          for (int64_t kx = 0; kx < pool.kernel; ++kx) {
+            most = larger(most, load_elements(from + ky * pool.in.row + kx * lanes));
+          }
+        }
+        store_elements(to, most);
+        sum += most;
+      }
+      store(pool.row_sums + (y * pool.vectors + v) * kLanes, sum);
+    }
+  }
 }
 
 void pool(const float* row_sums, int64_t height, int64_t vectors, int64_t pixels, float* pooled) {
@@ -60,22 +88,34 @@ void linear_vectors(const float* weight, const float* bias, int64_t inputs, cons
   for (int v = 0; v < kVectors; ++v) out[v] = acc[v];
 }
 
-void linear(const Linear& linear, const float* in, float* out) {
-  constexpr int kVectors = 8;
-  const int64_t padded = (linear.outputs + kLanes - 1) / kLanes * kLanes;
-  Vec part[kVectors];
-  for (int64_t o = 0; o < linear.outputs;) {
-    const float* weight = linear.weight + o * linear.inputs;
-    int64_t n = kVectors * kLanes;
-    if (o + n <= padded) {
-      linear_vectors<kVectors>(weight, linear.bias + o, linear.inputs, in, part);
-    } else {
-      n = kLanes;
-      linear_vectors<1>(weight, linear.bias + o, linear.inputs, in, part);
+constexpr int kColumn = 8;  // vectors
+
+int64_t padded_outputs(const Linear& linear) { return (linear.outputs + kLanes - 1) / kLanes * kLanes; }
+
+int64_t linear_columns(const Linear& linear) {
+  return (padded_outputs(linear) + kColumn * kLanes - 1) / (kColumn * kLanes);
+}
+
+void linear(const Linear& linear, const float* const* in, float* const* out, int64_t n, int64_t begin,
+            int64_t end) {
+  const int64_t padded = padded_outputs(linear);
+  Vec part[kColumn];
+  for (int64_t column = begin; column < end; ++column) {
+    int64_t o = column * kColumn * kLanes;
+    const int64_t stop = o + kColumn * kLanes < padded ? o + kColumn * kLanes : padded;
+    const int64_t step = stop - o == kColumn * kLanes ? stop - o : kLanes;
+    for (; o < stop; o += step) {
+      const float* weight = linear.weight + o * linear.inputs;
+      const int64_t outputs = o + step > linear.outputs ? linear.outputs - o : step;
+      for (int64_t i = 0; i < n; ++i) {
+        if (step == kLanes) {
+          linear_vectors<1>(weight, linear.bias + o, linear.inputs, in[i], part);
+        } else {
+          linear_vectors<kColumn>(weight, linear.bias + o, linear.inputs, in[i], part);
+        }
+        std::memcpy(out[i] + o, part, outputs * sizeof(float));
+      }
     }
-    if (o + n > linear.outputs) n = linear.outputs - o;
-    std::memcpy(out + o, part, n * sizeof(float));
-    o += n;
   }
 }
 
@@ -94,6 +134,6 @@ float margin(const float* hidden, const float* w, float bias, int64_t width) {
 
 }  // namespace
 
-const WalkOps walk_ops = {pad_shortcut, pool, linear, margin};
+const WalkOps walk_ops = {max_pool, pad_shortcut, pool, linear, linear_columns, margin};
 
 }  // namespace spnet::cpu::SPNET_LEVEL

@@ -16,6 +16,15 @@ struct PadShortcut {
   float* row_sums;        // as in Conv
 };
 
+// Every pixel the largest of those under its kernel. The halo of the input counts as 0, which changes nothing
+// where it holds nothing negative.
+struct MaxPool {
+  MapView in;   // data: the pixel under the kernel's first tap at output (0, 0)
+  MapView out;  // data: output (0, 0)
+  int64_t kernel, stride, width, vectors;
+  float* row_sums;  // as in Conv
+};
+
 // out = W in + b; the weight is stored as [vectors of outputs][inputs][lanes].
 struct Linear {
   const float* weight;
@@ -24,12 +33,17 @@ struct Linear {
 };
 
 struct WalkOps {
+  void (*max_pool)(const MaxPool& pool, int64_t row_begin, int64_t row_end);
+
   void (*pad_shortcut)(const PadShortcut& pad, int64_t row_begin, int64_t row_end);
 
   // pooled [vectors * lanes] = the sum of row_sums over its rows, from top to bottom, divided by `pixels`.
   void (*pool)(const float* row_sums, int64_t height, int64_t vectors, int64_t pixels, float* pooled);
 
-  void (*linear)(const Linear& linear, const float* in, float* out);
+  // Of n vectors, so that the weights are read once; columns [begin, end) of linear_columns(linear).
+  void (*linear)(const Linear& linear, const float* const* in, float* const* out, int64_t n, int64_t begin,
+                 int64_t end);
+  int64_t (*linear_columns)(const Linear& linear);
 
   // w . ReLU(hidden) + bias
   float (*margin)(const float* hidden, const float* w, float bias, int64_t width);

@@ -75,28 +75,28 @@ class Builder {
       Block block{};
       block.identity = shape.shortcut == Shortcut::identity;
       const Arena::Range out =
-          block.identity ? state : place_map(shape.conv2.cout, shape.out_height, shape.out_width);
-      const Map out_map = map(out, shape.conv2.cout, shape.out_height, shape.out_width);
-      const Arena::Range middle = place_map(shape.conv1.cout, shape.out_height, shape.out_width);
-      const Map middle_map = map(middle, shape.conv1.cout, shape.out_height, shape.out_width);
+          block.identity ? state : place_map(shape.cout(), shape.out_height(), shape.out_width());
+      const Map out_map = map(out, shape.cout(), shape.out_height(), shape.out_width());
+      const Arena::Range middle = place_map(shape.body[0].cout, shape.out_height(), shape.out_width());
+      const Map middle_map = map(middle, shape.body[0].cout, shape.out_height(), shape.out_width());
 
-      block.first = layer(state_map, shape.conv1, shape.stride, middle_map, name);
-      block.first.bias[0] = add_bias(shape.conv1, nullptr);
-      block.second = layer(middle_map, shape.conv2, 1, out_map, name);
-      block.second.pool_scale = 1.f / (shape.out_height * shape.out_width);
+      block.first = layer(state_map, shape.body[0], shape.stride, middle_map, name);
+      block.first.bias[0] = add_bias(shape.body[0], nullptr);
+      block.second = layer(middle_map, shape.body[1], 1, out_map, name);
+      block.second.pool_scale = 1.f / (shape.out_height() * shape.out_width());
       block.second.residual = block.identity                    ? Residual::in_place
                               : shape.shortcut == Shortcut::pad ? Residual::pad
                                                                 : Residual::none;
       block.second.sources[1].in = state_map;
       block.second.sources[1].stride = shape.stride;
       block.second.pad_before = shape.pad_before;
-      block.second.pad_channels = shape.conv1.cin;
+      block.second.pad_channels = shape.cin();
       const bool projection = shape.shortcut == Shortcut::projection;
       if (projection) {
         block.second.sources[1] = source(state_map, shape.projection, shape.stride, 1, name);
       }
-      block.second.bias[0] = add_bias(shape.conv2, projection ? &shape.projection : nullptr);
-      block.second.bias[1] = projection ? add_bias(shape.projection, nullptr) : add_zeros(shape.conv2.cout);
+      block.second.bias[0] = add_bias(shape.body[1], projection ? &shape.projection : nullptr);
+      block.second.bias[1] = projection ? add_bias(shape.projection, nullptr) : add_zeros(shape.cout());
       block.ring = place_ring(block.first, block.second);
       block.router = linear(shape.router.weight1, shape.router.bias1, shape.router.cin, shape.router.width);
       block.router_weight2 = add(floats_ + shape.router.weight2, shape.router.width);
@@ -162,7 +162,7 @@ class Builder {
       partial_sums = std::max(partial_sums, padded * strips(height, width, rows));
     };
     grow(plan_.stem.cout, plan_.in_height, plan_.in_width);
-    for (const PlanBlock& block : plan_.blocks) grow(block.conv2.cout, block.out_height, block.out_width);
+    for (const PlanBlock& block : plan_.blocks) grow(block.cout(), block.out_height(), block.out_width());
     int64_t used = 0;
     const auto take = [&](int64_t bytes) {
       return static_cast<int32_t>(std::exchange(used, used + round_up(bytes, 16)));
@@ -287,6 +287,7 @@ class Builder {
 
 template <class Element>
 WalkLayout lay_out_walk(const Plan& plan, const float* floats, int64_t shared_limit) {
+  require_cifar_form(plan);
   return Builder<Element>(plan, floats, shared_limit).build();
 }
 

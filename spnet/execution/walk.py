@@ -14,7 +14,7 @@ _HALVES = {torch.float16: core.Dtype.float16, torch.bfloat16: core.Dtype.bfloat1
 
 
 class Walk:
-    """The CIFAR form with basic blocks on the CPU: maps up to 64x64, 1 to 512 input channels.
+    """Networks of basic and bottleneck blocks on the CPU: 1x1 and 3x3 convolutions of one group, a stem of 3x3 or 7x7.
 
     Args:
         network: the shapes.
@@ -36,18 +36,18 @@ class Walk:
     def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         """x [B, C, H, W], paths bool [B, L] or None -> float32 logits [B, classes], decisions bool [B, L]."""
         batch, (classes, blocks) = len(x), self._outputs
-        values = x.detach().float()  # bfloat16 pixels are converted once; float32 ones are not copied
         paths = None if paths is None else paths.contiguous()
         logits, decisions = torch.empty(batch, classes), torch.empty(batch, blocks, dtype=torch.bool)
         self._native.run(
-            values.data_ptr(),
+            x.data_ptr(),
             batch,
-            *values.stride(),
+            *x.stride(),
             0 if paths is None else paths.data_ptr(),
             threshold,
             logits.data_ptr(),
             decisions.data_ptr(),
             torch.get_num_threads(),
+            x.dtype == torch.bfloat16,
         )
         return logits, decisions
 

@@ -13,8 +13,7 @@ from tests.conftest import settle
 
 @pytest.fixture(params=["batch", "graph"], autouse=True)
 def execution(request, monkeypatch):
-    if request.param == "graph":
-        monkeypatch.setitem(plan._EXECUTIONS, "cpu", {"batch": plan._graph})
+    monkeypatch.setitem(plan._EXECUTIONS, "cpu", {"batch": plan._graph if request.param == "graph" else plan.Batch})
     return request.param
 
 
@@ -112,9 +111,8 @@ def test_by_the_clock():
     torch.testing.assert_close(found(x), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-def test_walk_has_nothing_to_choose(network, clock, execution):
-    if execution == "graph":
-        pytest.skip("walk is taken away")
+def test_walk_has_nothing_to_choose(network, clock, monkeypatch):
+    monkeypatch.setitem(plan._EXECUTIONS, "cpu", {"walk": plan.Walk})
     x = torch.randn(4, 1, 32, 32)
     found = spnet.calibrate(network, [x])
     _, paths = found(x, return_paths=True)

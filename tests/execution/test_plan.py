@@ -130,14 +130,26 @@ def test_networks_that_do_not_fit():
         spnet.lower(Other([1], [4], num_classes=2).eval())
 
 
+def _five_by_five():
+    model = _small()
+    model.features.stage1[0].body[0] = nn.Conv2d(6, 6, 5, padding=2, bias=False)
+    return model
+
+
+def _grouped():
+    model = _small()
+    model.features.stage1[0].body[0] = nn.Conv2d(6, 6, 3, padding=1, groups=2, bias=False)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: spnet.create_model("resnet18", num_classes=3), "in_height: expected 1 to 64, got 224"),
-        (lambda: _small(input_size=65), "in_height: expected 1 to 64, got 65"),
+        (lambda: _small(input_size=1025), "in_height: expected 1 to 1024, got 1025"),
         (lambda: _small(in_channels=513), "in_channels: expected 1 to 512, got 513"),
-        (lambda: _small(bottleneck=True), "block 0: n_convolutions: expected 2, all that walk computes, got 3"),
-        (lambda: _small(imagenet=True), "pool_kernel: expected 0, for walk does not pool behind the stem, got 3"),
+        (lambda: _small(in_channels=5, imagenet=True), "in_channels: expected 1 to 4, got 5"),
+        (_five_by_five, "block 0: convolution 0: kernel: expected 1 or 3, all that walk computes, got 5"),
+        (_grouped, "block 0: convolution 0: groups: expected 1, all that walk computes, got 2"),
     ],
 )
 def test_networks_that_walk_does_not_run(model, reason):

@@ -21,15 +21,17 @@ needs_bfloat16 = pytest.mark.skipif(not core.has_bfloat16(), reason="this proces
 
 @st.composite
 def networks(draw) -> nn.Module:
-    """Networks of the CIFAR form with awkward widths, sizes and depths."""
+    """Networks of both forms with awkward widths, sizes and depths."""
     torch.manual_seed(draw(st.integers(0, 1000)))
-    stages = draw(st.integers(1, 3))
+    stages, imagenet = draw(st.integers(1, 3)), draw(st.booleans())
     model = spnet.models.SPNet(
         [draw(st.integers(1, 3)) for _ in range(stages)],
         sorted(draw(st.sampled_from([1, 3, 8, 16, 24, 33])) for _ in range(stages)),
         num_classes=draw(st.sampled_from([1, 2, 10])),
-        in_channels=draw(st.sampled_from([1, 3, 5])),
-        input_size=draw(st.sampled_from([1, 5, 8, 16, 31])),
+        in_channels=draw(st.sampled_from([1, 3] if imagenet else [1, 3, 5])),
+        input_size=draw(st.sampled_from([1, 5, 8, 16, 31, 48])),
+        bottleneck=draw(st.booleans()),
+        imagenet=imagenet,
         shortcut=draw(st.sampled_from(["pad", "projection"])),
         router_width=draw(st.sampled_from([16, 128])),
     )
@@ -72,16 +74,16 @@ def test_own_decisions_and_any_number_of_threads(model, batch, threads):
 @needs_bfloat16
 @given(networks(), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]))
 def test_bfloat16(model, batch, rate):
-    model = model.bfloat16()
-    x = _input(model, batch).bfloat16()
+    model, samples = model.bfloat16(), 16  # of one or two, masked may have a small error by luck
+    x = _input(model, samples).bfloat16()
     exact = copy.deepcopy(model).double()
-    paths = torch.rand(batch, sum(len(stage) for stage in model.stages)) < rate
+    paths = torch.rand(samples, sum(len(stage) for stage in model.stages)) < rate
     truth = spnet.fast_forward(exact, x.double(), impl="masked", paths=paths)
     masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
-    walked = spnet.fast_forward(model, x, impl="walk", paths=paths)
+    walked = spnet.fast_forward(model, x[:batch], impl="walk", paths=paths[:batch])
     assert walked.dtype == torch.bfloat16
     rounding = torch.finfo(torch.bfloat16).eps * truth.abs().max()
-    assert (walked.double() - truth).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
+    assert (walked.double() - truth[:batch]).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
 
 
 def test_many_threads_on_one_plan_and_on_several(network):
