@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spnet.execution.plan import LoweringError, Plan, check_fit, lower
+from spnet.models import SPNet
 from spnet.native import core
 
 # The dictionaries of a module that say what it consists of and whether it may be passed over.
@@ -23,10 +24,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 class _Watch:
     """Everything about a model that its plan depends on, in a form that is quick to compare."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: SPNet):
         modules = list(model.modules())
         self._facts = list(_facts(modules))
-        states = [d for m in modules for d in (m._parameters, m._buffers)]
+        # A quarter of the weights of a ResNet-50: no inference reads them.
+        for_training = {id(m) for part in (*model.heads[:-1], *(model.align or ())) for m in part.modules()}
+        states = [d for m in modules if id(m) not in for_training for d in (m._parameters, m._buffers)]
         # Batches are counted in training alone.
         named = {id(t): t for d in states for name, t in d.items() if t is not None and name != "num_batches_tracked"}
         self._tensors = list(named.values())

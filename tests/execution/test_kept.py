@@ -150,10 +150,17 @@ def test_a_model_that_fits_no_more_is_refused(network, change, reason):
 
 
 def test_every_tensor_is_watched():
-    """One bit of one element of each, whatever its name."""
-    model = settle(spnet.models.SPNet([1, 2], [6, 10], num_classes=5, input_size=12, shortcut="projection"))
+    """One bit of one element of each, whatever its name, that inference reads; nothing of those for training."""
+    model = settle(spnet.models.SPNet([1, 2], [6, 10], num_classes=5, input_size=32, imagenet=True))
     watch = kept._Watch(model)
-    tensors = [t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")]
+    state = model.state_dict()
+    for_training = [t for name, t in state.items() if name.startswith(("align.", "heads.0."))]
+    assert len(for_training) == 4
+    for t in for_training:
+        t.data.add_(1)
+    tensors = [
+        t for name, t in state.items() if not name.startswith(("align.", "heads.0.")) and "num_batches" not in name
+    ]
     for t in tensors:
         bits = t.data.view(torch.int32).flatten()
         for place in {0, len(bits) // 2, len(bits) - 1}:
