@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import statistics
 import time
@@ -29,7 +30,8 @@ from bench.timing import take_turns
 from spnet.analysis.benchmarks import table
 from spnet.analysis.pictures import DPI, WIDTH
 from spnet.analysis.stability import evolution_alignment
-from spnet.models.files import load_model
+from spnet.models.files import load_model, load_static_weights
+from spnet.models.registry import create_model
 from spnet.training import Evaluation, TrainConfig, Trainer, evaluate
 from spnet.training.data import Loader, load_dataset
 
@@ -141,13 +143,20 @@ def measure(study: Study) -> dict[tuple, dict]:
     x = next(iter(_loader("test", TIMED, TIMED, device=study.device)))[0]
     batches, calls, found = x.split(100), {}, {}
 
-    def forward(model: spnet.SPNet) -> None:
+    def forward(model: spnet.SPNet, threshold: float) -> None:
         for part in batches:
-            spnet.fast_forward(model, part)
+            spnet.fast_forward(model, part, threshold=threshold)
 
     for run in study.runs():
-        model = load_model(study.folder(*run) / "last").eval().to(study.device, memory_format=torch.channels_last)
-        calls[run] = functools.partial(forward, model)
+        weights = study.folder(*run) / "last"
+        model = load_model(weights).to(study.device, memory_format=torch.channels_last)
+        timed, threshold = model, 0.0
+        if run[1] == STATIC:
+            # By the same kernels as the others: behind routers that execute everything.
+            timed, threshold = create_model(**{**model.config, "routed": True}).eval(), -math.inf
+            load_static_weights(timed, weights)
+            timed.to(study.device, memory_format=torch.channels_last)
+        calls[run] = functools.partial(forward, timed, threshold)
         tested = evaluate(model, test, device=study.device)
         found[run] = {"accuracy": tested.accuracy, "macs": tested.macs, "dense_macs": tested.dense_macs}
     for run, times in take_turns(calls, 120.0).items():
@@ -217,7 +226,8 @@ def markdown(results: dict) -> str:
         "cost (of the dense network's MACs) are of all 10,000 test images after the last epoch. Churn is the share of "
         f"decisions, of the first {EVERY_EPOCH} test images, that flip between consecutive epochs: the mean over all "
         "epochs and that of the last one. Alignment is the mean cosine of successive feature differences, of "
-        f"{ALIGNED} test images after the last epoch. "
+        f"{ALIGNED} test images after the last epoch. The time is that of fast_forward in batches of 100, which runs "
+        "the static network behind routers that execute everything. "
         '"+ path" adds the auxiliary module with L_path and L_logits, "+ evolution" adds L_evo, SP-Net both.',
         "",
     ]

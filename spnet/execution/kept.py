@@ -30,9 +30,10 @@ class _Watch:
         # A quarter of the weights of a ResNet-50: no inference reads them.
         for_training = {id(m) for part in (*model.heads[:-1], *(model.align or ())) for m in part.modules()}
         states = [d for m in modules if id(m) not in for_training for d in (m._parameters, m._buffers)]
-        # Batches are counted in training alone.
-        named = {id(t): t for d in states for name, t in d.items() if t is not None and name != "num_batches_tracked"}
-        self._tensors = list(named.values())
+        named = {id(t): (name, t) for d in states for name, t in d.items() if t is not None}
+        # BatchNorm's count of batches is read by no inference, but its running statistics are written past their
+        # version counters: where versions are all there is to compare, that of the count stands for theirs.
+        self._tensors = [t for n, t in named.values() if n != "num_batches_tracked" or t.device.type != "cpu"]
         self._same_layouts = _layouts_check(self._tensors)
         self._elsewhere = [t for t in self._tensors if t.device.type != "cpu"]
         if any(t.is_inference() for t in self._elsewhere):

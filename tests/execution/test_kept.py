@@ -196,6 +196,11 @@ def test_versions_of_tensors_that_are_elsewhere(network, monkeypatch):
     with torch.no_grad():
         network.heads[-1].weight.add_(1)
     assert not watch.unchanged(network)
+    watch = kept._Watch(network)
+    norm = network.features.stem[1]
+    norm.train()(torch.empty(2, norm.num_features, 4, 4, device="meta"))  # writes its statistics uncounted
+    norm.eval()
+    assert not watch.unchanged(network)
     with torch.inference_mode():
         uncounted = settle(spnet.create_model("resnet20_cifar")).to("meta")
     with pytest.raises(ValueError, match="made in inference mode"):
