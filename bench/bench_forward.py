@@ -68,9 +68,8 @@ def network(name: str, dtype: torch.dtype) -> spnet.SPNet:
 # Of one batch size at a time: the engines of all would not fit in memory.
 @functools.lru_cache(1)
 def rivals_of(name: str, dtype: torch.dtype, batch: int, only: tuple[str, ...] | None, quick: bool):
-    return competitors(network(name, dtype), batch, dtype, only, quick), static_of_half_the_cost(
-        name, batch, dtype, only
-    )
+    static = static_of_half_the_cost(name, batch, dtype, only, quick)
+    return competitors(network(name, dtype), batch, dtype, only, quick), static
 
 
 def paths_of(batch: int, blocks: int, executed: float) -> Tensor:

@@ -7,9 +7,13 @@ import functools
 
 import pytest
 import torch
-from timing import in_rotation, minima
+import torch.nn.functional as F
+from timing import in_rotation, matmul_gflops, minima
 
 from spnet.execution import ops, reference
+from spnet.kernels import conv_, pool_
+from spnet.kernels.pool import slabs
+from spnet.kernels.workload import Conv, convolutions
 from spnet.native import core
 
 PRECISIONS = ["float32"] + ["bfloat16"] * core.has_bfloat16()
@@ -67,9 +71,77 @@ def test_convolution(benchmark, report, precision, channels, side):
     ]
     conv, fma = (max(values) for values in zip(*turns, strict=True))
     benchmark.group = f"walk, convolution, {precision}"
-    benchmark.extra_info |= {"conv_gflops": conv, "fma_gflops": fma, "percent_of_fma": 100 * conv / fma}
+    benchmark.extra_info |= {"gflops": {"native": conv, "limit": fma}}
     benchmark.pedantic(core.conv_gflops, (channels, side, side, threads, 0.01, kind), rounds=5)
     report(
         f"{precision} convolution {channels}@{side}x{side}, level {core.cpu_level()}: {conv:.0f} GFLOP/s, "
         f"{100 * conv / fma:.0f} % of the limit {fma:.0f}"
     )
+
+
+def sparse(conv: Conv, batch: int, device: str) -> tuple[tuple, dict]:
+    """What ``conv_`` takes for one convolution of a residual body, on every second sample of a batch, in float16."""
+    torch.manual_seed(0)
+    side = -(-conv.size // conv.stride)
+    out = torch.randn(batch, side, side, conv.cout, device=device).half()
+    x = torch.randn(batch, conv.size, conv.size, conv.cin, device=device).half()
+    weight = torch.randn(conv.cout, conv.kernel, conv.kernel, conv.cin, device=device).half() / 10
+    index = torch.arange(batch, dtype=torch.int32, device=device) * 2 % batch
+    options = dict(
+        stride=conv.stride,
+        index=index,
+        count=torch.full((1,), batch // 2, dtype=torch.int32, device=device),
+        gather=conv.role == "first",
+        scatter=conv.role == "last",
+        add=conv.role == "last",
+    )
+    return (out, x, weight, torch.randn(conv.cout, device=device)), options
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton kernels are timed on a GPU")
+
+
+@on_gpu
+@pytest.mark.parametrize("conv", [c for c in convolutions("resnet50") if c.role in ("first", "inner", "last")], ids=str)
+def test_triton_convolution(benchmark, report, conv):
+    """A convolution of a ResNet-50 on half of 256 samples against a matrix product, beside cuDNN on 128 neighbours."""
+    arguments, options = sparse(conv, 8, "cuda")
+    twin, twin_options = sparse(conv, 8, "cuda")
+    twin = [t.cpu() for t in twin]
+    conv_(*arguments, **options)
+    conv_(*twin, **{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in twin_options.items()})
+    # Both add up in float32 and round once, in another order.
+    torch.testing.assert_close(arguments[0].cpu(), twin[0], rtol=2e-3, atol=2e-3)
+    (out, x, weight, bias), options = sparse(conv, 256, "cuda")
+    neighbours, filters = x[:128].permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2)
+    best = minima(
+        {
+            "native": lambda: conv_(out, x, weight, bias, **options),
+            "cuDNN": lambda: F.conv2d(neighbours, filters, stride=conv.stride, padding=conv.kernel // 2),
+        },
+        3.0,
+    )
+    flops = 2 * 128 * out[0, ..., 0].numel() * weight.numel()
+    rates = {name: flops / t / 1e9 for name, t in best.items()} | {"limit": matmul_gflops(torch.float16)}
+    benchmark.group = "batch, convolution, float16"
+    benchmark.extra_info |= {"minimum_ms": {n: t * 1e3 for n, t in best.items()}, "gflops": rates}
+    benchmark.pedantic(lambda: conv_(out, x, weight, bias, **options), rounds=5)
+    report(f"{conv}: native {rates['native']:.0f}, cuDNN {rates['cuDNN']:.0f}, limit {rates['limit']:.0f} GFLOP/s")
+
+
+@on_gpu
+@pytest.mark.parametrize(("side", "channels"), [(56, 256), (28, 512), (14, 1024), (7, 2048)])
+def test_triton_pooling(benchmark, report, side, channels):
+    """Pooled sums of half of 256 samples: GB/s of what must be read, against a sum over as many neighbours."""
+    x = torch.randn(256, side, side, channels, device="cuda").half()
+    sums = torch.empty(256, slabs(side * side), channels, device="cuda")
+    index = torch.arange(256, dtype=torch.int32, device="cuda") * 2 % 256
+    count = torch.full((1,), 128, dtype=torch.int32, device="cuda")
+    pool_(sums, x, index, count)
+    torch.testing.assert_close(sums[::2].sum(1), x[::2].float().sum((1, 2)), rtol=1e-4, atol=1e-2)
+    best = minima({"native": lambda: pool_(sums, x, index, count), "limit": lambda: x[:128].sum((1, 2))}, 3.0)
+    rates = {name: x[:128].nbytes / t / 1e9 for name, t in best.items()}
+    benchmark.group = "batch, pooling"
+    benchmark.extra_info |= {"minimum_ms": {n: t * 1e3 for n, t in best.items()}, "gbytes": rates}
+    benchmark.pedantic(lambda: pool_(sums, x, index, count), rounds=5)
+    report(f"pool {side}x{side}x{channels}: native {rates['native']:.0f}, PyTorch {rates['limit']:.0f} GB/s")

@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import spnet
+from spnet.models.files import load_model, save_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +48,31 @@ def test_runs_differ_in_their_objective_alone(ablation, study):
         }
         assert different == off
         assert all(getattr(config, name) == 0 for name in off)
+
+
+def test_every_network_is_measured(ablation, monkeypatch, tmp_path):
+    """The static one too, which has no router: timed where it executes everything."""
+    study = ablation.Study(str(tmp_path), "resnet20_cifar", 256, 4, 1, (0.5,), "cpu", 1)
+    for run in study.runs():
+        model = spnet.create_model("resnet20_cifar", in_channels=1, routed=run[1] != ablation.STATIC)
+        save_model(model, study.folder(*run) / "last")
+    data = [(torch.randn(2, 1, 32, 32), torch.tensor([1, 2]))]
+    monkeypatch.setattr(ablation, "_loader", lambda *args, **kwargs: data)
+    calls = {}
+    monkeypatch.setattr(
+        ablation, "take_turns", lambda timed, seconds: calls.update(timed) or dict.fromkeys(timed, [2.0])
+    )
+    forwards = []
+    forward = spnet.fast_forward
+    monkeypatch.setattr(spnet, "fast_forward", lambda *args, **kw: forwards.append(forward(*args, **kw)))
+    found = ablation.measure(study)
+    assert found.keys() == set(study.runs())
+    assert all(values["ms_per_image"] == 2.0 for values in found.values())
+    del forwards[:]
+    static = study.runs()[0]
+    calls[static]()
+    expected = load_model(study.folder(*static) / "last")(data[0][0])
+    torch.testing.assert_close(forwards[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_table(ablation, study, tmp_path):

@@ -111,13 +111,10 @@ def markdown(results: dict) -> str:
     lines += _thresholds_table(results)
     others = []
     for cell in results["cells"]:
-        if "gbytes" in cell:
-            rate, limit, unit = cell["gbytes"]["native"], cell["gbytes"]["limit"], "GB/s"
-        elif "conv_gflops" in cell:
-            rate, limit, unit = cell["conv_gflops"], cell["fma_gflops"], "GFLOP/s"
-        else:
-            continue
-        others.append([cell["name"], f"{rate:.4g} {unit}", f"{limit:.4g}", f"{rate / limit:.0%}"])
+        for key, unit in (("gbytes", "GB/s"), ("gflops", "GFLOP/s")):
+            if key in cell:
+                rate, limit = cell[key]["native"], cell[key]["limit"]
+                others.append([cell["name"], f"{rate:.4g} {unit}", f"{limit:.4g}", f"{rate / limit:.0%}"])
     if others:
         lines += table(["operator", "reaches", "limit of the same run", "share"], others)
     for cell in results["cells"]:

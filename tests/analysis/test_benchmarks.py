@@ -54,7 +54,7 @@ def results() -> dict:
                     "0.0": {"us_per_image": 25.0, "accuracy": 0.5, "executed_share": 0.4},
                 },
             },
-            {"name": "c", "group": "walk, convolution", "conv_gflops": 90.0, "fma_gflops": 100.0},
+            {"name": "c", "group": "walk, convolution", "gflops": {"native": 90.0, "limit": 100.0}},
             {"name": "g", "group": "rows", "gbytes": {"native": 5.0, "plain": 1.0, "limit": 20.0}},
             {"name": "t", "group": "training step", "minimum_ms": {"static": 1.0, "SP-Net": 2.0}},
             {"name": "b", "group": "blocks", "blocks": ["1.0", "1.1"], "block_us": [3.0, 4.0], "rates": [0.5, 1.0]},
