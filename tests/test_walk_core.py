@@ -187,7 +187,15 @@ NETWORKS = {
         [Block(256, 64, 256, kernels=(1, 3, 1)), Block(256, 64, 320, 1, PROJECTION, kernels=(1, 3, 1))],
     ),
     "heavy": Network(
-        1, (7, 5), 256, [Block(256, 256, 256), Block(256, 256, 300, 2, PROJECTION), Block(300, 256, 310, 1, PAD, 5)]
+        1,
+        (7, 5),
+        256,
+        [
+            Block(256, 256, 256),
+            Block(256, 256, 300, 2, PROJECTION),
+            Block(300, 256, 310, 1, PAD, 5),
+            Block(310, 256, 320, 2, PROJECTION),
+        ],
     ),
 }
 

@@ -48,7 +48,13 @@ void conv_tile(const Conv& conv, const Element* in, const float* weight, const f
     const int64_t channels = left < kInLanes ? left : kInLanes;
     for (int ky = 0; ky < kKernel; ++ky) {
       const Element* word = in + ky * conv.in.row;
+      // Of the next plane, a pixel with each word of this one: no hardware follows from plane to plane.
+      const Element* next = word + conv.in.plane;
+#pragma GCC unroll 4
       for (int64_t c = 0; c < channels; c += kWordChannels, word += kWordChannels) {
+        const int64_t pixel = c / kWordChannels;
+        const int64_t row = kRows == 1 ? 0 : pixel / 8, x = kRows == 1 ? pixel : pixel % 8;
+        __builtin_prefetch(next + kStride * (row * conv.in.row + x * kInLanes));
         Vec w[kKernel][kVectors];
 #pragma GCC unroll 7
         for (int kx = 0; kx < kKernel; ++kx) {

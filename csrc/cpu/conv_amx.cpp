@@ -127,6 +127,9 @@ void multiply(const Conv& conv, const Element* const in[], const char* weight, i
   SPNET_EACH_TILE(SPNET_STORE)
 }
 
+// Bytes from the weights in use to those that are fetched: what two steps read.
+constexpr int64_t kAhead = 2 * 2 * 16 * 64;
+
 // sums [2][kCount * pixels][16] of tiles and two vectors of output channels, on maps of other lanes: every
 // number that is loaded is multiplied twice.
 template <int kCount>
@@ -144,6 +147,8 @@ void multiply_two(const Conv& conv, const Element* const in[], const char* weigh
     for (int64_t ky = 0; ky < conv.kernel; ++ky) {
       const int64_t tap = plane * conv.in.plane + ky * conv.in.row;
       for (int64_t i = 0; i < row; i += kChunk, weight += 2 * 16 * 64) {
+#pragma GCC unroll 32
+        for (int line = 0; line < kChunk; ++line) __builtin_prefetch(weight + kAhead + line * 64);
         SPNET_LOAD(6, weight, 2 * 64);
         SPNET_LOAD(4, in[0] + tap + i, step);
         _tile_dpbf16ps(0, 4, 6);

@@ -186,6 +186,9 @@ void PackedPlan::measure() {
       const PlanConv& conv = block.body[i];
       grow(middle_bytes_[i % 2], map_bytes(conv.cout, conv.out_height, conv.out_width));
     }
+    if (block.shortcut == Shortcut::projection) {
+      grow(middle_bytes_[0], map_bytes(block.cin(), block.out_height(), block.out_width()));
+    }
     grow(hidden_bytes_, floats(block.router.width));
     state(block.cout(), block.out_height(), block.out_width());
   }

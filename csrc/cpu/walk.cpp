@@ -349,17 +349,17 @@ class Walk {
   }
 
   // Rows [begin, end). Its output needs no ReLU: a map that is padded holds nothing negative.
-  void run_pad(const PlanBlock& block, const Workspace::Sample& sample, int64_t begin, int64_t end,
-               bool sums) const {
+  void run_pad(const PlanBlock& block, const MapBuffer& in, const MapBuffer& out, int64_t channels,
+               int64_t begin, int64_t end, float* row_sums) const {
     PadShortcut work{};
-    work.in = view(sample.state, 0);
-    work.out = view(sample.spare, 0);
+    work.in = view(in, 0);
+    work.out = view(out, 0);
     work.cin = block.cin();
-    work.cout = block.cout();
+    work.cout = channels;
     work.pad_before = block.pad_before;
     work.stride = block.stride;
     work.width = block.out_width();
-    work.row_sums = sums ? sample.row_sums : nullptr;
+    work.row_sums = row_sums;
     share(end - begin, [work, begin, run = plan_.ops.pad_shortcut](int64_t first, int64_t last) {
       run(work, begin + first, begin + last);
     });
@@ -369,15 +369,32 @@ class Walk {
   // result.
   void run_shortcut(const PackedBlock& block, const int64_t* samples, int64_t n, int64_t begin, int64_t end,
                     const bool* skips) const {
+    const auto sums = [&](int64_t sample) {
+      return skips[sample] ? workspace_.samples[sample].row_sums : nullptr;
+    };
     if (block.shape.shortcut == Shortcut::projection) {
-      run_conv(block.projection, n, begin, end, false, [&](int64_t i) {
+      PackedConv conv = block.projection;
+      // Its pixels, one of four, are read again for every group of outputs: of heavy blocks from their own
+      // map.
+      const bool gathers = block.is_heavy && conv.shape.stride > 1;
+      if (gathers) {
+        for (int64_t i = 0; i < n; ++i) {
+          const MapBuffer& state = workspace_.samples[samples[i]].state;
+          MapBuffer& gathered = workspace_.middles[i][0];
+          shape(gathered, conv.shape.cin, conv.shape.out_height, conv.shape.out_width);
+          run_pad(block.shape, state, gathered, conv.shape.cin, begin, end, nullptr);
+        }
+        conv.shape.stride = 1;
+      }
+      run_conv(conv, n, begin, end, false, [&](int64_t i) {
         const Workspace::Sample& sample = workspace_.samples[samples[i]];
-        const bool is_last = skips[samples[i]];
-        return Maps{sample.state, sample.spare, is_last, is_last ? sample.row_sums : nullptr};
+        const MapBuffer& in = gathers ? workspace_.middles[i][0] : sample.state;
+        return Maps{in, sample.spare, skips[samples[i]], sums(samples[i])};
       });
     } else {
       for (int64_t i = 0; i < n; ++i) {
-        run_pad(block.shape, workspace_.samples[samples[i]], begin, end, skips[samples[i]]);
+        const Workspace::Sample& sample = workspace_.samples[samples[i]];
+        run_pad(block.shape, sample.state, sample.spare, block.shape.cout(), begin, end, sums(samples[i]));
       }
     }
   }
