@@ -112,29 +112,31 @@ bool holds(const py::list& facts, const py::dict& own) {
 
 void bind_watch(py::module_& m) {
   namespace cpu = spnet::cpu;
-  py::class_<cpu::Fingerprint>(m, "Fingerprint",
-                               "What stands in n spans of memory, a table of (address, bytes) as int64.")
-      .def(py::init([](std::uintptr_t spans, int64_t n, int threads) {
-             static_assert(sizeof(cpu::Span) == 2 * sizeof(int64_t), "read from a table of 64-bit integers");
-             return new cpu::Fingerprint(reinterpret_cast<const cpu::Span*>(spans), n, threads);
+  py::class_<cpu::Fingerprint>(
+      m, "Fingerprint", "What stands in n spans of memory, a table of (address, bytes, part) as int64.")
+      .def(py::init([](std::uintptr_t spans, int64_t n, int64_t parts, int threads) {
+             static_assert(sizeof(cpu::Span) == 3 * sizeof(int64_t), "read from a table of 64-bit integers");
+             return new cpu::Fingerprint(reinterpret_cast<const cpu::Span*>(spans), n, parts, threads);
            }),
-           py::arg("spans"), py::arg("n"), py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+           py::arg("spans"), py::arg("n"), py::arg("parts"), py::arg("threads"),
+           py::call_guard<py::gil_scoped_release>())
       .def(
           "matches",
-          [](const cpu::Fingerprint& fingerprint, const py::list& facts, const py::dict& own, int threads) {
+          [](const cpu::Fingerprint& fingerprint, std::uintptr_t chosen, const py::list& facts,
+             const py::dict& own, int threads) {
             std::optional<py::gil_scoped_release> released;
-            return fingerprint.matches(threads, [&] {
+            return fingerprint.matches(reinterpret_cast<const bool*>(chosen), threads, [&] {
               const bool same = holds(facts, own);
               released.emplace();
               return same;
             });
           },
-          "Whether every byte is what it was, and every one of the facts. The spans must still be there to "
-          "be read. facts is a flat list: a dictionary, its keys (strings) and values by turns, the next "
-          "dictionary and so on; each must have the very same entries in the same order, but any value will "
-          "do "
-          "for an Ellipsis. None in the place of the first dictionary stands for own.",
-          py::arg("facts"), py::arg("own"), py::arg("threads"));
+          "Whether every byte of the chosen parts (a bool of each, and their spans must still be there to be "
+          "read) is what it was, and every one of the facts: a flat list of a dictionary, its keys (strings) "
+          "and values by turns, the next dictionary and so on. Each must have the very same entries in the "
+          "same order, but any value will do for an Ellipsis. None in the place of the first dictionary "
+          "stands for own.",
+          py::arg("chosen"), py::arg("facts"), py::arg("own"), py::arg("threads"));
   py::class_<Layouts>(m, "Layouts",
                       "Address, device, dtype, shape and strides of every tensor in a list; exchange is the "
                       "__dlpack_c_exchange_api__ of their class.")

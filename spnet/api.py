@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spnet.analysis.macs import count_macs
-from spnet.execution.kept import plan_of
+from spnet.execution.kept import plan_of, run_plan
 from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan
@@ -51,14 +51,21 @@ def _scan(model: nn.Module) -> _Scan:
     return _Scan(blocks, in_line, hooked, weight)
 
 
-def _plan(model: nn.Module, impl: str) -> Plan | None:
-    """The model's plan where ``impl`` asks for one and the model fits."""
+def _by_plan(
+    model: nn.Module, x: Tensor, impl: str, paths: Tensor | None, threshold: float
+) -> tuple[Plan, Tensor, Tensor] | None:
+    """Plan, logits and decisions where ``impl`` asks for a plan and the model fits."""
+
+    def run(plan: Plan) -> tuple[Plan, Tensor, Tensor]:
+        _check_input(model, model.features.stem[0].weight, x)
+        if paths is not None:
+            _check_paths(paths, len(x), plan.num_blocks, x.device)
+        return plan, *plan.run(x, paths, threshold, impl)
+
     if impl not in ("auto", "walk", "batch"):
         return None
     try:
-        plan = plan_of(model)
-        plan.execution(impl)
-        return plan
+        return run_plan(model, run)
     except LoweringError as e:
         if impl == "auto":
             return None
@@ -134,12 +141,10 @@ def fast_forward(
     if math.isnan(threshold):
         raise ValueError("threshold: expected a number, got NaN")
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides the blocks from the executions
-    plan = _plan(model, impl)
-    if plan is not None:
-        _check_input(model, model.features.stem[0].weight, x)
-        if paths is not None:
-            _check_paths(paths, len(x), plan.num_blocks, x.device)
-        return plan(x, paths=paths, threshold=threshold, return_paths=return_paths, impl=impl)
+    found = _by_plan(model, x, impl, paths, threshold)
+    if found is not None:
+        plan, logits, decisions = found
+        return (logits, plan.paths_of(decisions)) if return_paths else logits
     scan = _scan(model)
     _check_input(model, scan.weight, x)
     blocks = list(scan.blocks.values())

@@ -19,13 +19,16 @@ def level(request):
     core.set_cpu_level(before)
 
 
-def fingerprint(buffers: list[torch.Tensor], threads: int = 1) -> core.Fingerprint:
-    spans = torch.tensor([(b.data_ptr(), b.nbytes) for b in buffers], dtype=torch.int64).reshape(-1, 2)
-    return core.Fingerprint(spans.data_ptr(), len(spans), threads)
+def fingerprint(buffers: list[torch.Tensor], threads: int = 1, parts: list[int] | None = None) -> core.Fingerprint:
+    parts = parts or [0] * len(buffers)
+    spans = [(b.data_ptr(), b.nbytes, part) for b, part in zip(buffers, parts, strict=True)]
+    table = torch.tensor(spans, dtype=torch.int64).reshape(-1, 3)
+    return core.Fingerprint(table.data_ptr(), len(table), max(parts, default=0) + 1, threads)
 
 
-def matches(watch: core.Fingerprint, threads: int = 1) -> bool:
-    return watch.matches([], {}, threads)
+def matches(watch: core.Fingerprint, threads: int = 1, chosen: tuple[bool, ...] = (True,)) -> bool:
+    chosen = torch.tensor(chosen)
+    return watch.matches(chosen.data_ptr(), [], {}, threads)
 
 
 def random_bytes(n: int) -> torch.Tensor:
@@ -110,6 +113,24 @@ def test_zeros_that_move(level):
         assert not matches(watch)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parts_by_themselves(level, threads):
+    """Small ones, of several spans, longer than a range, empty; a change is seen where its part is chosen alone."""
+    parts = [0, 0, 1, 1, 2, 3, 5]  # none is part 4
+    buffers = [random_bytes(n) for n in (7, 100, RANGE - 1, RANGE + 1, 1, 3 * RANGE, 64)]
+    watch = fingerprint(buffers, threads, parts)
+    for b, part in zip(buffers, parts, strict=True):
+        for place in {0, len(b) // 2, len(b) - 1}:
+            b[place] ^= 1
+            for chosen in range(6):
+                alone = tuple(p == chosen for p in range(6))
+                assert matches(watch, threads, alone) == (chosen != part)
+                assert matches(watch, threads, tuple(not a for a in alone)) == (chosen == part)
+            b[place] ^= 1
+    buffers[0][0] ^= 1
+    assert matches(watch, threads, (False,) * 6)
+
+
 def test_nothing_to_watch():
     assert matches(fingerprint([]))
     assert matches(fingerprint([torch.empty(0)]), 4)
@@ -117,23 +138,23 @@ def test_nothing_to_watch():
 
 def test_impossible_spans():
     with pytest.raises(ValueError, match="spans: "):
-        core.Fingerprint(0, 1, 1)
+        core.Fingerprint(0, 1, 1, 1)
     with pytest.raises(ValueError, match="spans: "):
-        core.Fingerprint(0, -1, 1)
-    for span in ((0, 8), (16, -1)):
+        core.Fingerprint(0, -1, 1, 1)
+    for span in ((0, 8, 0), (16, -1, 0), (0, 0, -1), (0, 0, 2)):
         table = torch.tensor([span])
         with pytest.raises(ValueError, match="spans: "):
-            core.Fingerprint(table.data_ptr(), 1, 1)
+            core.Fingerprint(table.data_ptr(), 1, 2, 1)
 
 
 def test_facts():
     watch = fingerprint([])
     a, b, empty, value = {"x": (1, 2), "y": object()}, {"weight": object()}, {}, object()
     facts = [a, "x", a["x"], "y", ..., empty, b, "weight", b["weight"]]
-    assert watch.matches(facts, {}, 1)
-    assert watch.matches([], {}, 1)
+    assert watch.matches(0, facts, {}, 1)
+    assert watch.matches(0, [], {}, 1)
     a["y"] = value
-    assert watch.matches(facts, {}, 1)
+    assert watch.matches(0, facts, {}, 1)
     for change, undo in [
         (lambda: a.update(x=(1, 3)), lambda: a.update(x=facts[2])),
         (lambda: a.update(z=1), lambda: a.pop("z")),
@@ -145,20 +166,20 @@ def test_facts():
         (lambda: a.pop("y"), lambda: a.update(y=value)),
     ]:
         change()
-        assert not watch.matches(facts, {}, 1)
+        assert not watch.matches(0, facts, {}, 1)
         undo()
-        assert watch.matches(facts, {}, 1)
+        assert watch.matches(0, facts, {}, 1)
     for malformed in (["x"], [a, "x"], [1], [*facts, "x", 1], [*facts, "x"]):
-        assert not watch.matches(malformed, {}, 1)
+        assert not watch.matches(0, malformed, {}, 1)
 
 
 def test_own_facts():
     own = {"x": "1"}
     facts = [None, "x", own["x"], {}]
     watch = fingerprint([])
-    assert watch.matches(facts, own, 1)
-    assert not watch.matches(facts, {"x": "2"}, 1)
-    assert not watch.matches(facts, {}, 1)
+    assert watch.matches(0, facts, own, 1)
+    assert not watch.matches(0, facts, {"x": "2"}, 1)
+    assert not watch.matches(0, facts, {}, 1)
 
 
 def test_layouts():

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 #include "level.h"
 #include "pool.h"
@@ -27,7 +28,7 @@ const MixWords& mix_words() {
 
 }  // namespace
 
-Fingerprint::Fingerprint(const Span* spans, int64_t n, int threads) : mix_(mix_words()) {
+Fingerprint::Fingerprint(const Span* spans, int64_t n, int64_t parts, int threads) : mix_(mix_words()) {
   if (n < 0 || (n > 0 && spans == nullptr))
     throw std::invalid_argument("spans: a null pointer or fewer than 0");
   int64_t room = 0;
@@ -35,15 +36,19 @@ Fingerprint::Fingerprint(const Span* spans, int64_t n, int threads) : mix_(mix_w
     if (left.bytes < 0 || (left.bytes > 0 && left.data == nullptr)) {
       throw std::invalid_argument("spans: a null pointer or fewer than 0 bytes");
     }
+    if (left.part < 0 || left.part >= parts) {
+      throw std::invalid_argument("spans: part " + std::to_string(left.part) + " of " +
+                                  std::to_string(parts));
+    }
     while (left.bytes > 0) {
-      if (room == 0) {
+      if (room == 0 || spans_.back().part != left.part) {
         ends_.push_back(spans_.size());
         room = kRangeBytes;
       }
       const int64_t bytes = std::min(left.bytes, room);
-      spans_.push_back({left.data, bytes});
+      spans_.push_back({left.data, bytes, left.part});
       ends_.back() = spans_.size();
-      left = {static_cast<const char*>(left.data) + bytes, left.bytes - bytes};
+      left = {static_cast<const char*>(left.data) + bytes, left.bytes - bytes, left.part};
       room -= bytes;
     }
   }
@@ -59,17 +64,22 @@ void Fingerprint::read(int64_t range, uint64_t* sums) const {
   }
 }
 
-bool Fingerprint::matches(int threads, const std::function<bool()>& meanwhile) const {
+bool Fingerprint::matches(const bool* chosen, int threads, const std::function<bool()>& meanwhile) const {
+  std::vector<int64_t> ranges;
+  for (size_t range = 0; range < ends_.size(); ++range) {
+    if (chosen[spans_[ends_[range] - 1].part]) ranges.push_back(range);
+  }
   std::atomic<bool> same{true};
   const auto differ = [&] { same.store(false, std::memory_order_relaxed); };
   const auto compare = [&](int64_t begin, int64_t end) {
-    for (int64_t range = begin; range < end && same.load(std::memory_order_relaxed); ++range) {
+    for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
+      const int64_t range = ranges[i];
       uint64_t sums[kMixWords] = {};
       read(range, sums);
       if (std::memcmp(sums, &sums_[range * mix_.words], mix_.words * sizeof(uint64_t)) != 0) differ();
     }
   };
-  parallel_for(ends_.size(), 1, threads, compare, [&] {
+  parallel_for(ranges.size(), 1, threads, compare, [&] {
     if (!meanwhile()) differ();
   });
   return same.load(std::memory_order_relaxed);

@@ -12,6 +12,7 @@ namespace spnet::cpu {
 struct Span {
   const void* data;
   int64_t bytes;
+  int64_t part;  // of the whole that it belongs to, from 0
 };
 
 // What stood in spans of memory when this was made. Only the sums of mix_words are kept: one changed word of
@@ -19,12 +20,13 @@ struct Span {
 // against an adversary. Reads by the level in use when it was made.
 class Fingerprint {
  public:
-  // Throws std::invalid_argument for a null pointer or a negative size.
-  Fingerprint(const Span* spans, int64_t n, int threads);
+  // Throws std::invalid_argument for a null pointer, a negative size or a part out of [0, parts).
+  Fingerprint(const Span* spans, int64_t n, int64_t parts, int threads);
 
-  // Whether every byte of the spans, which must still be there to be read, is what it was, and meanwhile() is
-  // true: the caller begins with it, and where it is false little or nothing is read. It must not throw.
-  bool matches(int threads, const std::function<bool()>& meanwhile) const;
+  // Whether every byte of the chosen parts [parts], which must still be there to be read, is what it was, and
+  // meanwhile() is true: the caller begins with it, and where it is false little or nothing is read. It must
+  // not throw.
+  bool matches(const bool* chosen, int threads, const std::function<bool()>& meanwhile) const;
 
  private:
   void read(int64_t range, uint64_t* sums) const;

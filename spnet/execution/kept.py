@@ -1,6 +1,6 @@
 """Plans that are kept with their models and lowered anew where a model has changed since.
 
-Lowering copies the weights, so a kept plan is compared with its model before every use: a stale answer is a defect.
+Lowering copies the weights, so a kept plan is compared with its model at every use: a stale answer is a defect.
 ``spnet.lower(model)`` is for who wants a plan without the comparison.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spnet.execution.plan import LoweringError, Plan, check_fit, lower
 from spnet.models import SPNet
 from spnet.native import core
+from spnet.routing import routed_blocks
 
 # The dictionaries of a module that say what it consists of and whether it may be passed over.
 _PARTS = ("_modules", "_parameters", "_buffers")
@@ -27,30 +28,56 @@ class _Watch:
     def __init__(self, model: SPNet):
         modules = list(model.modules())
         self._facts = list(_facts(modules))
+        blocks = {id(m): number for number, m in enumerate(routed_blocks(model).values())}
         # A quarter of the weights of a ResNet-50: no inference reads them.
         for_training = {id(m) for part in (*model.heads[:-1], *(model.align or ())) for m in part.modules()}
-        states = [d for m in modules if id(m) not in for_training for d in (m._parameters, m._buffers)]
-        named = {id(t): (name, t) for d in states for name, t in d.items() if t is not None}
-        # BatchNorm's count of batches is read by no inference, but its running statistics are written past their
-        # version counters: where versions are all there is to compare, that of the count stands for theirs.
-        self._tensors = [t for n, t in named.values() if n != "num_batches_tracked" or t.device.type != "cpu"]
+        tensors: dict[int, Tensor] = {}
+        spans: dict[tuple[int, int], int] = {}  # (address, bytes) -> part
+        for module, part in _readers(model, blocks, len(blocks)):
+            if id(module) in for_training:
+                continue
+            for name, t in (*module._parameters.items(), *module._buffers.items()):
+                on_cpu = t is not None and t.device.type == "cpu"
+                # BatchNorm's count of batches is read by no inference, but its running statistics are written past
+                # their version counters: where versions are all there is to compare, its own stands for theirs.
+                if t is None or (on_cpu and name == "num_batches_tracked"):
+                    continue
+                tensors[id(t)] = t
+                if on_cpu:
+                    storage = t.untyped_storage()
+                    span = storage.data_ptr(), storage.nbytes()
+                    spans[span] = part if spans.get(span, part) == part else len(blocks)
+        self._tensors = list(tensors.values())
         self._same_layouts = _layouts_check(self._tensors)
         self._elsewhere = [t for t in self._tensors if t.device.type != "cpu"]
         if any(t.is_inference() for t in self._elsewhere):
             raise LoweringError("weights made in inference mode have no version to compare with the plan's")
         self._versions = [t._version for t in self._elsewhere]
         # The version counter of PyTorch misses what is written through .data: the bytes themselves do not.
-        storages = [t.untyped_storage() for t in self._tensors if t.device.type == "cpu"]
-        spans = torch.tensor(sorted({(s.data_ptr(), s.nbytes()) for s in storages}), dtype=torch.int64)
-        self._fingerprint = core.Fingerprint(spans.data_ptr(), len(spans), torch.get_num_threads())
+        table = sorted((part, *span) for span, part in spans.items())
+        table = torch.tensor([(address, size, part) for part, address, size in table], dtype=torch.int64)
+        self._fingerprint = core.Fingerprint(table.data_ptr(), len(table), len(blocks) + 1, torch.get_num_threads())
+        self._all = torch.ones(len(blocks) + 1, dtype=torch.bool)
 
-    def unchanged(self, model: nn.Module) -> bool:
+    def unchanged(self, model: nn.Module, decisions: Tensor | None = None) -> bool:
+        """Whether the plan is that of the model, for samples that take these paths, bool [B, L]; by default for all."""
+        chosen = self._all
+        if decisions is not None and decisions.device.type == "cpu":  # those on a device are not waited for
+            chosen = torch.cat((decisions.any(0), self._all[-1:]))
         return (
             # First: the bytes are safe to read only where the tensors still lie there.
             self._same_layouts()
             and [t._version for t in self._elsewhere] == self._versions
-            and self._fingerprint.matches(self._facts, vars(model), torch.get_num_threads())
+            and self._fingerprint.matches(chosen.data_ptr(), self._facts, vars(model), torch.get_num_threads())
         )
+
+
+def _readers(module: nn.Module, blocks: dict[int, int], part: int) -> Iterator[tuple[nn.Module, int]]:
+    """Every module in every place where it stands, and the number of the block whose body that is in; else ``part``."""
+    yield module, part
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _readers(child, blocks, blocks[id(module)] if name == "body" and id(module) in blocks else part)
 
 
 def _facts(modules: list[nn.Module]) -> Iterator:
@@ -105,9 +132,36 @@ def plan_of(model: nn.Module) -> Plan:
         LoweringError: the model does not fit.
     """
     kept = _kept.get(model)
-    if kept is None or not kept[0].unchanged(model):
-        check_fit(model)
-        # Watched before it is read: a change in between is found by the next comparison.
-        watch = _Watch(model)
-        kept = _kept[model] = watch, lower(model)
-    return kept[1]
+    return kept[1] if kept is not None and kept[0].unchanged(model) else _lowered(model)
+
+
+def run_plan(model: nn.Module, run: Callable[[Plan], tuple[Plan, Tensor, Tensor]]) -> tuple[Plan, Tensor, Tensor]:
+    """``run``, which returns its plan, logits and decisions, with the model's plan.
+
+    Run first and compared afterwards: the weights of a body that no sample executed need not be read, and a device
+    computes meanwhile.
+
+    Raises:
+        LoweringError: the model does not fit.
+    """
+    kept = _kept.get(model)
+    if kept is not None:
+        watch, plan = kept
+        try:
+            result = run(plan)
+        except Exception:
+            if watch.unchanged(model):
+                raise
+        else:
+            if watch.unchanged(model, result[2]):
+                return result
+    return run(_lowered(model))
+
+
+def _lowered(model: nn.Module) -> Plan:
+    check_fit(model)
+    # Watched before it is read: a change in between is found by the next comparison.
+    watch = _Watch(model)
+    plan = lower(model)
+    _kept[model] = watch, plan
+    return plan

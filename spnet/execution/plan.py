@@ -166,15 +166,23 @@ class Plan:
         Raises:
             ValueError: another shape, dtype or device; LoweringError where the network does not fit ``impl``.
         """
+        logits, decisions = self.run(x, paths, threshold, impl)
+        return (logits, self.paths_of(decisions)) if return_paths else logits
+
+    def run(
+        self, x: Tensor, paths: Tensor | None = None, threshold: float = 0.0, impl: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """As a call, but returns (logits, decisions bool [B, L])."""
         _check("x", x, self.dtype, (None, *self.input_shape), self.device)
         if paths is not None:
             _check("paths", paths, torch.bool, (len(x), self.num_blocks), self.device)
         logits, decisions = self.execution(impl).run(x, paths, threshold)
-        logits = logits.to(self.dtype)
-        if not return_paths:
-            return logits
+        return logits.to(self.dtype), decisions
+
+    def paths_of(self, decisions: Tensor) -> Paths:
+        """Decisions bool [B, L] with their cost."""
         names = tuple(block.name for block in self.macs.blocks)
-        return logits, Paths(decisions, self.macs.of_paths(decisions), self.macs.dense, names)
+        return Paths(decisions, self.macs.of_paths(decisions), self.macs.dense, names)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, wholly or not at all: the table, the weights and the cost; no code.

@@ -10,6 +10,7 @@ from torch import nn
 import spnet
 from spnet.execution import kept
 from spnet.native import core
+from spnet.routing import routed_blocks
 from tests.conftest import settle
 
 
@@ -169,6 +170,58 @@ def test_every_tensor_is_watched():
             assert not watch.unchanged(model)
             bits[place] ^= 1 << 7
     assert watch.unchanged(model)
+
+
+def _paths(network, *executed):
+    paths = torch.zeros(2, len(routed_blocks(network)), dtype=torch.bool)
+    paths[0, list(executed)] = True  # the other sample skips everything
+    return paths
+
+
+@pytest.mark.parametrize("impl", ["walk", "batch"])
+def test_a_body_is_compared_where_it_was_executed(network, monkeypatch, impl):
+    calls = []
+    monkeypatch.setattr(kept, "lower", lambda model: calls.append(1) or spnet.lower(model))
+    x = torch.randn(2, 1, 32, 32)
+
+    def follows(*executed):
+        paths = _paths(network, *executed)
+        got = spnet.fast_forward(network, x, impl=impl, paths=paths)
+        expected = spnet.fast_forward(network, x, impl="masked", paths=paths)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+        return len(calls)
+
+    assert follows(0, 1, 3) == 1
+    blocks = list(routed_blocks(network).values())
+    blocks[1].body[0].weight.data.mul_(2)
+    assert follows() == follows(0, 2) == follows(5) == 1  # nobody asked
+    assert follows(0, 1) == 2
+    blocks[2].body[4].running_mean.data.add_(1)
+    blocks[-1].body[1].bias.data.add_(1)
+    assert follows(1) == 2
+    assert follows(2) == 3
+    blocks[-1].router.fc2.bias.data[0] += 1  # of no effect where paths are forced, but it might be
+    assert follows() == 4
+
+
+@pytest.mark.parametrize("share", ["parameter", "storage", "module"])
+def test_what_two_places_share_belongs_to_both(network, share):
+    first, second = (block.body for block in list(routed_blocks(network).values())[:2])
+    if share == "parameter":
+        second[0].weight = first[0].weight
+    elif share == "storage":
+        both = torch.randn(2, *first[0].weight.shape)
+        first[0].weight.data, second[0].weight.data = both
+    else:
+        second[0] = first[0]
+    x = torch.randn(2, 1, 32, 32)
+    for executed in (0, 1):
+        paths = _paths(network, executed)
+        before = spnet.fast_forward(network, x, paths=paths)
+        (first if executed == 0 else second)[0].weight.data.mul_(2)
+        after = spnet.fast_forward(network, x, paths=paths)
+        assert not torch.equal(before[0], after[0])
+        assert torch.equal(after, spnet.lower(network)(x, paths=paths))
 
 
 def test_memory_that_moves(network):
