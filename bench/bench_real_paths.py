@@ -65,7 +65,7 @@ def test_real_paths(benchmark, report, batch):
             torch.testing.assert_close(got[0][same], expected[0][same], rtol=1e-3, atol=1e-3)
         forward = functools.partial(spnet.fast_forward, model, impl=impl)
         calls[impl] = in_rotation([functools.partial(forward, part) for part in batches])
-    times = take_turns(calls, 8.0)
+    times = take_turns(calls, 5.0)
     best = {impl: min(t) for impl, t in times.items()}
     _, taken = spnet.fast_forward(model, x, return_paths=True)
     share = taken.macs.double().mean().item() / taken.dense_macs
@@ -95,7 +95,7 @@ def test_blocks(benchmark, report):
     count = taken.decisions.shape[1]
     alone = {i: torch.eye(count, dtype=torch.bool)[i].expand(len(x), -1).contiguous() for i in range(count)}
     alone[-1] = torch.zeros_like(alone[0])
-    best = minima({i: functools.partial(spnet.fast_forward, model, x, paths=p) for i, p in alone.items()}, 10.0)
+    best = minima({i: functools.partial(spnet.fast_forward, model, x, paths=p) for i, p in alone.items()}, 6.0)
     us = [(best[i] - best[-1]) * 1e6 / len(x) for i in range(count)]
     rates = taken.decisions.double().mean(0).tolist()
     benchmark.group = "blocks"
@@ -122,7 +122,7 @@ def test_thresholds(benchmark, report):
     # The static network that it was trained from has the cost of one that executes everything.
     thresholds = {"static": -math.inf} | {str(t): t for t in THRESHOLDS}
     calls = {name: functools.partial(forward, threshold) for name, threshold in thresholds.items()}
-    times = take_turns(calls, 20.0)
+    times = take_turns(calls, 12.0)
     points = {}
     for name, threshold in thresholds.items():
         tested = evaluate(model, whole or [(x, labels)], threshold=threshold)

@@ -39,7 +39,7 @@ def test_step(benchmark, report, tmp_path):
     assert all(call()["loss"].isfinite() for call in calls.values())
     # The trainer of the last objective is SP-Net's: what following its parameters takes of its step.
     calls["auxiliary update"] = functools.partial(trainer.auxiliary.update, trainer.model)
-    times = take_turns(calls)
+    times = take_turns(calls, 10.0)
     best = {name: min(t) for name, t in times.items()}
     share = best["auxiliary update"] / best["SP-Net"]
     benchmark.group = "training step, resnet20_cifar"
