@@ -189,7 +189,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     choices: tuple[str, ...] = ("routed",) * len(scan.blocks)
     try:
         plan = plan_of(model)
-        impl, reason = plan.impl, "native code carries each sample through all blocks, one sample per thread"
+        impl, reason = plan.impl, "native code carries the samples through all blocks, a thread a few at once"
         if plan.impl == "batch":
             how = "one CUDA graph of kernels" if plan.device.type == "cuda" else "fused operators"
             choices, reason = (
