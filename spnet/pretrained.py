@@ -26,7 +26,7 @@ def load_pretrained(name: str) -> SPNet:
     """A trained network that comes with the package, in evaluation mode, float32, on the CPU.
 
     Args:
-        name: "fashion-mnist" (resnet32_cifar, one channel, Fashion-MNIST padded to 32x32).
+        name: "fashion-mnist" (wide_resnet20_2_cifar, one channel, Fashion-MNIST padded to 32x32).
 
     Raises:
         ValueError: unknown name.
