@@ -21,7 +21,7 @@ from spnet.training.data import Loader, make_loader
 
 NETWORK = "fashion-mnist"
 BATCHES = [1, 16, 100, 1000]
-THRESHOLDS = [-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0]
+THRESHOLDS = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0]
 
 
 @functools.cache

@@ -10,15 +10,12 @@ import torch
 def take_turns(calls: dict[str, Callable], seconds: float = 15.0) -> dict[str, list[float]]:
     """Seconds of every call, measured in rounds in which each has its turn.
 
-    A turn is two calls at least: the second finds in the caches what the first has left there. Between turns nobody
-    runs: the threads of several rivals spin for a while after their work, which would fall on whoever comes next.
+    A short call is repeated in its turn: the second finds in the caches what the first has left there. Between turns
+    nobody runs: the threads of several rivals spin for a while after their work, which would fall on the next one.
     """
-    once = {}
-    for name, call in calls.items():
-        call()
-        once[name] = _clock(call)
-    repeats = {name: max(2, min(20, int(0.02 / t))) for name, t in once.items()}
-    rounds = max(3, min(100, int(seconds / sum(0.02 + repeats[name] * t for name, t in once.items()))))
+    once = {name: _clock(call) for name, call in calls.items()}  # also warms up
+    repeats = {name: max(1, min(20, int(0.05 / t))) for name, t in once.items()}
+    rounds = max(4, min(100, int(seconds / sum(0.02 + repeats[name] * t for name, t in once.items()))))
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
