@@ -265,9 +265,9 @@ def _time_figure(network: str, dtype: str, batches: dict[int, list[dict]]) -> Fi
         dense = [_best(c, "masked", "dense")[1] for c in cells]
         ax.plot(x, dense, "--", color=RED, label="best dense rival")
         ax.plot(x, [c["ideal_ms"] for c in cells], ":", color=GREY, label="ideal: dense x executed MACs")
-        ax.set(title=f"batch {batch}", xlabel="executed fraction", ylim=0)
+        ax.set(title=f"batch {batch}", xlabel="executed fraction", xlim=(-0.05, 1.05), ylim=0)
     fig.axes[0].set_ylabel("ms")
-    fig.axes[0].legend(fontsize=8, frameon=False)
+    fig.axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
     fig.suptitle(f"{network}, {dtype}", size=10)
     return fig
 
