@@ -56,11 +56,11 @@ def _by_plan(
 ) -> tuple[Plan, Tensor, Tensor] | None:
     """Plan, logits and decisions where ``impl`` asks for a plan and the model fits."""
 
-    def run(plan: Plan) -> tuple[Plan, Tensor, Tensor]:
+    def run(plan: Plan) -> tuple[Tensor, Tensor]:
         _check_input(model, model.features.stem[0].weight, x)
         if paths is not None:
             _check_paths(paths, len(x), plan.num_blocks, x.device)
-        return plan, *plan.run(x, paths, threshold, impl)
+        return plan.run(x, paths, threshold, impl)
 
     if impl not in ("auto", "walk", "batch"):
         return None

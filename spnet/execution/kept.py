@@ -32,7 +32,7 @@ class _Watch:
         # A quarter of the weights of a ResNet-50: no inference reads them.
         for_training = {id(m) for part in (*model.heads[:-1], *(model.align or ())) for m in part.modules()}
         tensors: dict[int, Tensor] = {}
-        spans: dict[tuple[int, int], int] = {}  # (address, bytes) -> part
+        spans: dict[tuple[int, int], int] = {}  # (address, bytes) -> block whose body alone reads it, or L
         for module, part in _readers(model, blocks, len(blocks)):
             if id(module) in for_training:
                 continue
@@ -135,8 +135,8 @@ def plan_of(model: nn.Module) -> Plan:
     return kept[1] if kept is not None and kept[0].unchanged(model) else _lowered(model)
 
 
-def run_plan(model: nn.Module, run: Callable[[Plan], tuple[Plan, Tensor, Tensor]]) -> tuple[Plan, Tensor, Tensor]:
-    """``run``, which returns its plan, logits and decisions, with the model's plan.
+def run_plan(model: nn.Module, run: Callable[[Plan], tuple[Tensor, Tensor]]) -> tuple[Plan, Tensor, Tensor]:
+    """The model's plan, and the logits and decisions that ``run`` returns for it.
 
     Run first and compared afterwards: the weights of a body that no sample executed need not be read, and a device
     computes meanwhile.
@@ -148,14 +148,15 @@ def run_plan(model: nn.Module, run: Callable[[Plan], tuple[Plan, Tensor, Tensor]
     if kept is not None:
         watch, plan = kept
         try:
-            result = run(plan)
+            logits, decisions = run(plan)
         except Exception:
             if watch.unchanged(model):
                 raise
         else:
-            if watch.unchanged(model, result[2]):
-                return result
-    return run(_lowered(model))
+            if watch.unchanged(model, decisions):
+                return plan, logits, decisions
+    plan = _lowered(model)
+    return plan, *run(plan)
 
 
 def _lowered(model: nn.Module) -> Plan:
