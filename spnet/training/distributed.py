@@ -51,7 +51,7 @@ def job(device: str) -> Iterator[None]:
     ``--rdzv-backend c10d``.
 
     Raises:
-        ConnectionError: another rank died or was lost.
+        ConnectionError: another rank died, was lost, or the ranks did not meet.
     """
     if not dist.is_torchelastic_launched():
         yield
@@ -59,25 +59,26 @@ def job(device: str) -> Iterator[None]:
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # gloo on a GPU too: what is on the host (the wish to stop, sums of the evaluation) waits for no kernel there.
-    store, rank, size = next(dist.rendezvous("env://"))
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-        # torchrun keeps one store for all attempts, where a restarted rank would read the addresses of dead ones
-        # (pytorch issue 135712). On several nodes the attempts have no common number.
-        store = dist.PrefixStore(f"attempt-{_attempt()}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
     try:
+        # gloo on a GPU too: what is on the host (the wish to stop, sums of the evaluation) waits for no kernel there.
+        store, rank, size = next(dist.rendezvous("env://"))
+        if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+            # torchrun keeps one store for all attempts, where a restarted rank would read the addresses of dead ones
+            # (pytorch issue 135712). On several nodes the attempts have no common number.
+            store = dist.PrefixStore(f"attempt-{_attempt()}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
         yield
     except RuntimeError as e:
-        if isinstance(e, dist.DistError) or "gloo" in str(e):
+        if isinstance(e, dist.DistError) or "gloo" in str(e).lower():
             cause = str(e).splitlines()[0].split(". ")[0]
+            what = "lost another rank" if in_job() else "could not join the others"
             raise ConnectionError(
-                f"rank {dist.get_rank()}: lost another rank, whose own message says why; the last checkpoint stays "
-                f"({cause})"
+                f"rank {os.environ['RANK']}: {what}, whose own message says why; the last checkpoint stays ({cause})"
             ) from e
         raise
     finally:
-        dist.destroy_process_group()
+        if in_job():
+            dist.destroy_process_group()
 
 
 def any_rank(wish: bool) -> bool:

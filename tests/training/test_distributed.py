@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +254,17 @@ def test_torchrun_restarts_and_resumes_after_the_death_of_a_rank(tmp_path):
         assert (tmp_path / f"batches-0-{rank}").read_text().startswith("0 of 8\n1 of 8\n")
         assert (tmp_path / f"batches-1-{rank}").read_text() == "2 of 8\n3 of 8\n"
     assert load_state(tmp_path / "run" / "last")["step"] == 4
+
+
+def test_job_that_cannot_be_joined(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken.getsockname()[1], "TORCHELASTIC_RUN_ID": "a job"}
+        ranks = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+        for name, value in (address | ranks).items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ConnectionError, match=r"^rank 0: could not join the others, .* stays \(.+\)$"):
+            with distributed.job("cpu"):
+                pass
 
 
 @pytest.mark.parametrize("settings", [dict(batch_size=9), dict(batch_size=8, accumulate=3)])
