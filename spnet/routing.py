@@ -40,6 +40,15 @@ def decide(router_logits: Tensor, threshold: float = 0.0) -> Tensor:
     return router_logits[:, 1] - router_logits[:, 0] > threshold
 
 
+class _BatchNorm1d(nn.BatchNorm1d):
+    """Normalises a training batch of one sample, which has no statistics of its own, by the running ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x)
+
+
 class Router(nn.Module):
     """The two-way router of a residual block, always in float32 or better.
 
@@ -65,7 +74,7 @@ class Router(nn.Module):
     ):
         super().__init__()
         self.fc1 = nn.Linear(channels, width)
-        self.bn = nn.BatchNorm1d(width)
+        self.bn = _BatchNorm1d(width)
         self.dropout = nn.Dropout(dropout)
         self.fc2 = nn.Linear(width, 2)
         nn.init.kaiming_normal_(self.fc1.weight)
@@ -95,13 +104,7 @@ class Router(nn.Module):
         """Router logits [B, 2] of the pooled vector [B, C], outside any autocast region."""
         with torch.autocast(pooled.device.type, enabled=False):
             h = self.fc1(pooled)
-            if self.training and h.shape[0] == 1:
-                # One sample has no batch statistics: it is normalised by the running ones.
-                bn = self.bn
-                h = F.batch_norm(h, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
-            else:
-                h = self.bn(h)
-            return self.fc2(self.dropout(F.relu(h)))
+            return self.fc2(self.dropout(F.relu(self.bn(h))))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, ...] -> router logits [B, 2] of (skip, execute)."""

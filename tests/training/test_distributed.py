@@ -72,6 +72,18 @@ def run_evaluation(folder, rank):
     torch.save(evaluated(rank, RANKS), folder / f"evaluation-{rank}.pt")
 
 
+def routed(rank=slice(None)):
+    """Router logits of two training samples or of one of them."""
+    torch.manual_seed(0)
+    router, x = spnet.Router(8, dropout=0.0), torch.randn(2, 8)
+    distributed.synchronise_batchnorm(router)
+    return router.logits(x[rank])
+
+
+def run_one_sample_each(folder, rank):
+    torch.save(routed(slice(rank, rank + 1)), folder / f"routed-{rank}.pt")
+
+
 def run_indexed(folder, rank):
     """Rank 0 writes shards of which each rank reads every second; the fourth is no tar."""
     if rank == 0:
@@ -194,6 +206,11 @@ def test_sharded_evaluation_is_that_of_the_whole_set(both):
         assert equal(got, expected)
 
 
+def test_one_sample_per_rank_is_normalised_by_all(both):
+    together = torch.cat([torch.load(both / f"routed-{rank}.pt") for rank in range(RANKS)])
+    torch.testing.assert_close(together, routed())
+
+
 def test_every_rank_knows_all_shards(both):
     pytest.importorskip("webdataset")
     assert [json.loads((both / f"indexed-{rank}").read_text()) for rank in range(RANKS)] == [
@@ -281,6 +298,7 @@ if __name__ == "__main__":  # one rank: folder, rank
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     run_equal(folder)
     run_evaluation(folder, rank)
+    run_one_sample_each(folder, rank)
     if importlib.util.find_spec("webdataset"):
         run_indexed(folder, rank)
     run_resumed(folder, rank)
