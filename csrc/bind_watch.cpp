@@ -5,6 +5,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "cpu/fingerprint.h"
 
@@ -122,10 +123,10 @@ void bind_watch(py::module_& m) {
            py::call_guard<py::gil_scoped_release>())
       .def(
           "matches",
-          [](const cpu::Fingerprint& fingerprint, std::uintptr_t chosen, const py::list& facts,
+          [](const cpu::Fingerprint& fingerprint, std::string_view chosen, const py::list& facts,
              const py::dict& own, int threads) {
             std::optional<py::gil_scoped_release> released;
-            return fingerprint.matches(reinterpret_cast<const bool*>(chosen), threads, [&] {
+            return fingerprint.matches(chosen, threads, [&] {
               const bool same = holds(facts, own);
               released.emplace();
               return same;

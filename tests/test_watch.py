@@ -27,8 +27,7 @@ def fingerprint(buffers: list[torch.Tensor], threads: int = 1, parts: list[int] 
 
 
 def matches(watch: core.Fingerprint, threads: int = 1, chosen: tuple[bool, ...] = (True,)) -> bool:
-    chosen = torch.tensor(chosen)
-    return watch.matches(chosen.data_ptr(), [], {}, threads)
+    return watch.matches(bytes(chosen), [], {}, threads)
 
 
 def random_bytes(n: int) -> torch.Tensor:
@@ -141,6 +140,9 @@ def test_impossible_spans():
         core.Fingerprint(0, 1, 1, 1)
     with pytest.raises(ValueError, match="spans: "):
         core.Fingerprint(0, -1, 1, 1)
+    for chosen in (b"", b"\1\1"):
+        with pytest.raises(ValueError, match=f"chosen: expected 1 parts, got {len(chosen)}"):
+            fingerprint([torch.zeros(8)]).matches(chosen, [], {}, 1)
     for span in ((0, 8, 0), (16, -1, 0), (0, 0, -1), (0, 0, 2)):
         table = torch.tensor([span])
         with pytest.raises(ValueError, match="spans: "):
@@ -151,10 +153,10 @@ def test_facts():
     watch = fingerprint([])
     a, b, empty, value = {"x": (1, 2), "y": object()}, {"weight": object()}, {}, object()
     facts = [a, "x", a["x"], "y", ..., empty, b, "weight", b["weight"]]
-    assert watch.matches(0, facts, {}, 1)
-    assert watch.matches(0, [], {}, 1)
+    assert watch.matches(b"\1", facts, {}, 1)
+    assert watch.matches(b"\1", [], {}, 1)
     a["y"] = value
-    assert watch.matches(0, facts, {}, 1)
+    assert watch.matches(b"\1", facts, {}, 1)
     for change, undo in [
         (lambda: a.update(x=(1, 3)), lambda: a.update(x=facts[2])),
         (lambda: a.update(z=1), lambda: a.pop("z")),
@@ -166,20 +168,20 @@ def test_facts():
         (lambda: a.pop("y"), lambda: a.update(y=value)),
     ]:
         change()
-        assert not watch.matches(0, facts, {}, 1)
+        assert not watch.matches(b"\1", facts, {}, 1)
         undo()
-        assert watch.matches(0, facts, {}, 1)
+        assert watch.matches(b"\1", facts, {}, 1)
     for malformed in (["x"], [a, "x"], [1], [*facts, "x", 1], [*facts, "x"]):
-        assert not watch.matches(0, malformed, {}, 1)
+        assert not watch.matches(b"\1", malformed, {}, 1)
 
 
 def test_own_facts():
     own = {"x": "1"}
     facts = [None, "x", own["x"], {}]
     watch = fingerprint([])
-    assert watch.matches(0, facts, own, 1)
-    assert not watch.matches(0, facts, {"x": "2"}, 1)
-    assert not watch.matches(0, facts, {}, 1)
+    assert watch.matches(b"\1", facts, own, 1)
+    assert not watch.matches(b"\1", facts, {"x": "2"}, 1)
+    assert not watch.matches(b"\1", facts, {}, 1)
 
 
 def test_layouts():

@@ -28,7 +28,8 @@ const MixWords& mix_words() {
 
 }  // namespace
 
-Fingerprint::Fingerprint(const Span* spans, int64_t n, int64_t parts, int threads) : mix_(mix_words()) {
+Fingerprint::Fingerprint(const Span* spans, int64_t n, int64_t parts, int threads)
+    : mix_(mix_words()), parts_(parts) {
   if (n < 0 || (n > 0 && spans == nullptr))
     throw std::invalid_argument("spans: a null pointer or fewer than 0");
   int64_t room = 0;
@@ -64,7 +65,12 @@ void Fingerprint::read(int64_t range, uint64_t* sums) const {
   }
 }
 
-bool Fingerprint::matches(const bool* chosen, int threads, const std::function<bool()>& meanwhile) const {
+bool Fingerprint::matches(std::string_view chosen, int threads,
+                          const std::function<bool()>& meanwhile) const {
+  if (chosen.size() != parts_) {
+    throw std::invalid_argument("chosen: expected " + std::to_string(parts_) + " parts, got " +
+                                std::to_string(chosen.size()));
+  }
   std::vector<int64_t> ranges;
   for (size_t range = 0; range < ends_.size(); ++range) {
     if (chosen[spans_[ends_[range] - 1].part]) ranges.push_back(range);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string_view>
 #include <vector>
 
 #include "fingerprint_loop.h"
@@ -23,15 +24,17 @@ class Fingerprint {
   // Throws std::invalid_argument for a null pointer, a negative size or a part out of [0, parts).
   Fingerprint(const Span* spans, int64_t n, int64_t parts, int threads);
 
-  // Whether every byte of the chosen parts [parts], which must still be there to be read, is what it was, and
+  // Whether every byte of the chosen parts, which must still be there to be read, is what it was, and
   // meanwhile() is true: the caller begins with it, and where it is false little or nothing is read. It must
-  // not throw.
-  bool matches(const bool* chosen, int threads, const std::function<bool()>& meanwhile) const;
+  // not throw. A part is chosen where its char, of one for each, is not 0; another number of them throws
+  // std::invalid_argument.
+  bool matches(std::string_view chosen, int threads, const std::function<bool()>& meanwhile) const;
 
  private:
   void read(int64_t range, uint64_t* sums) const;
 
   const MixWords& mix_;
+  const size_t parts_;
   std::vector<Span> spans_;
   std::vector<int64_t> ends_;   // of the range that one thread reads at a time, among spans_
   std::vector<uint64_t> sums_;  // of the ranges, mix_.words each

@@ -31,8 +31,8 @@ class _Watch:
         blocks = {id(m): number for number, m in enumerate(routed_blocks(model).values())}
         # A quarter of the weights of a ResNet-50: no inference reads them.
         for_training = {id(m) for part in (*model.heads[:-1], *(model.align or ())) for m in part.modules()}
-        tensors: dict[int, Tensor] = {}
-        spans: dict[tuple[int, int], int] = {}  # (address, bytes) -> block whose body alone reads it, or L
+        tensors: dict[int, tuple[Tensor, tuple[int, int] | None]] = {}  # with the address and bytes of its memory
+        spans: dict[tuple[int, int], int] = {}  # -> block whose body alone reads it, or L
         for module, part in _readers(model, blocks, len(blocks)):
             if id(module) in for_training:
                 continue
@@ -42,33 +42,36 @@ class _Watch:
                 # their version counters: where versions are all there is to compare, its own stands for theirs.
                 if t is None or (on_cpu and name == "num_batches_tracked"):
                     continue
-                tensors[id(t)] = t
+                span = None
                 if on_cpu:
                     storage = t.untyped_storage()
                     span = storage.data_ptr(), storage.nbytes()
                     spans[span] = part if spans.get(span, part) == part else len(blocks)
-        self._tensors = list(tensors.values())
-        self._same_layouts = _layouts_check(self._tensors)
-        self._elsewhere = [t for t in self._tensors if t.device.type != "cpu"]
+                tensors[id(t)] = t, span
+        parts: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]
+        for t, span in tensors.values():
+            parts[spans.get(span, len(blocks))].append(t)
+        self._same_layouts = [_layouts_check(part) for part in parts]
+        self._elsewhere = [t for t, span in tensors.values() if span is None]
         if any(t.is_inference() for t in self._elsewhere):
             raise LoweringError("weights made in inference mode have no version to compare with the plan's")
         self._versions = [t._version for t in self._elsewhere]
         # The version counter of PyTorch misses what is written through .data: the bytes themselves do not.
         table = sorted((part, *span) for span, part in spans.items())
         table = torch.tensor([(address, size, part) for part, address, size in table], dtype=torch.int64)
-        self._fingerprint = core.Fingerprint(table.data_ptr(), len(table), len(blocks) + 1, torch.get_num_threads())
-        self._all = torch.ones(len(blocks) + 1, dtype=torch.bool)
+        self._fingerprint = core.Fingerprint(table.data_ptr(), len(table), len(parts), torch.get_num_threads())
+        self._all = b"\1" * len(parts)
 
     def unchanged(self, model: nn.Module, decisions: Tensor | None = None) -> bool:
         """Whether the plan is that of the model, for samples that take these paths, bool [B, L]; by default for all."""
         chosen = self._all
         if decisions is not None and decisions.device.type == "cpu":  # those on a device are not waited for
-            chosen = torch.cat((decisions.any(0), self._all[-1:]))
+            chosen = decisions.any(0).numpy().tobytes() + b"\1"
         return (
             # First: the bytes are safe to read only where the tensors still lie there.
-            self._same_layouts()
+            all(same() for same, needed in zip(self._same_layouts, chosen, strict=True) if needed)
             and [t._version for t in self._elsewhere] == self._versions
-            and self._fingerprint.matches(chosen.data_ptr(), self._facts, vars(model), torch.get_num_threads())
+            and self._fingerprint.matches(chosen, self._facts, vars(model), torch.get_num_threads())
         )
 
 

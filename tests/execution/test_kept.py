@@ -200,8 +200,11 @@ def test_a_body_is_compared_where_it_was_executed(network, monkeypatch, impl):
     blocks[-1].body[1].bias.data.add_(1)
     assert follows(1) == 2
     assert follows(2) == 3
+    blocks[3].body[3].weight.data = 2 * blocks[3].body[3].weight.data  # elsewhere in memory: what was there is gone
+    assert follows(1) == 3
+    assert follows(3) == 4
     blocks[-1].router.fc2.bias.data[0] += 1  # of no effect where paths are forced, but it might be
-    assert follows() == 4
+    assert follows() == 5
 
 
 @pytest.mark.parametrize("share", ["parameter", "storage", "module"])
