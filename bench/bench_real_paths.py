@@ -135,7 +135,8 @@ def test_thresholds(benchmark, report):
     epochs = [entry for entry in map(json.loads, log) if entry["kind"] == "epoch"]
     points["static"]["accuracy"] = epochs[-1]["test"]["accuracy"] if whole else None
     benchmark.group = "accuracy against time"
-    benchmark.extra_info |= {"points": points, "images": tested.samples, "threads": torch.get_num_threads()}
+    benchmark.extra_info |= {"points": points, "images": tested.samples, "static_epochs": len(epochs)}
+    benchmark.extra_info["threads"] = torch.get_num_threads()
     benchmark.pedantic(calls["0.0"], rounds=3, warmup_rounds=1)
     for name, p in points.items():
         accuracy = "not known" if p["accuracy"] is None else f"{p['accuracy']:.2%} of {tested.samples}"

@@ -174,11 +174,15 @@ def _thresholds_table(results: dict) -> list[str]:
         if "points" in cell:
             head = [f"threshold ({cell['images']} test images)", "accuracy", "us per image", "executed MACs"]
             rows = (
-                [name, _percent(p["accuracy"]), f"{p['us_per_image']:.0f}", f"{p['executed_share']:.0%}"]
+                [_static(cell) if name == "static" else name, _percent(p["accuracy"]), f"{p['us_per_image']:.0f}", f"{p['executed_share']:.0%}"]
                 for name, p in cell["points"].items()
             )
             lines += table(head, rows)
     return lines
+
+
+def _static(cell: dict) -> str:
+    return f"static network after {cell['static_epochs']} epochs"
 
 
 def losses(results: dict) -> list[str]:
@@ -310,7 +314,7 @@ def _accuracy_figure(cell: dict) -> Figure:
         ax.annotate(name, (p["us_per_image"], p["accuracy"]), (4, -11), textcoords="offset points", size=8)
     static = cell["points"]["static"]
     if static["accuracy"] is not None:
-        ax.plot(static["us_per_image"], static["accuracy"], "s", color=RED, label="static network")
+        ax.plot(static["us_per_image"], static["accuracy"], "s", color=RED, label=_static(cell))
         ax.legend(frameon=False, fontsize=8)
     # Thresholds that execute next to nothing would press all others into one line.
     accuracies = [p["accuracy"] for p in routed.values()]

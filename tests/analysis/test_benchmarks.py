@@ -49,6 +49,7 @@ def results() -> dict:
                 "name": "test_thresholds",
                 "group": "accuracy against time",
                 "images": 7,
+                "static_epochs": 3,
                 "points": {
                     "static": {"us_per_image": 50.0, "accuracy": None, "executed_share": 1.0},
                     "0.0": {"us_per_image": 25.0, "accuracy": 0.5, "executed_share": 0.4},
@@ -71,7 +72,7 @@ def test_table(results):
     assert row in text
     assert "cpu A Processor, threads 2; 2026-01-02; `spnet bench --quick`." in text
     assert "| 2 | 3000 | 750 | 4.00x |" in text
-    assert "| static | not known | 50 | 100% |" in text
+    assert "| static network after 3 epochs | not known | 50 | 100% |" in text
     assert "| 0.0 | 50.00% | 25 | 40% |" in text
     assert "| c | 90 GFLOP/s | 100 | 90% |" in text
     assert "| g | 5 GB/s | 20 | 25% |" in text
