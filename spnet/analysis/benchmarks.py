@@ -174,8 +174,13 @@ def _thresholds_table(results: dict) -> list[str]:
         if "points" in cell:
             head = [f"threshold ({cell['images']} test images)", "accuracy", "us per image", "executed MACs"]
             rows = (
-                [_static(cell) if name == "static" else name, _percent(p["accuracy"]), f"{p['us_per_image']:.0f}", f"{p['executed_share']:.0%}"]
-                for name, p in cell["points"].items()
+                [
+                    _static(cell) if name == "static" else name,
+                    _percent(point["accuracy"]),
+                    f"{point['us_per_image']:.0f}",
+                    f"{point['executed_share']:.0%}",
+                ]
+                for name, point in cell["points"].items()
             )
             lines += table(head, rows)
     return lines
