@@ -45,7 +45,7 @@ def save_checkpoint(run: Path, model: SPNet, state: dict[str, Any], *, best: boo
     for name in ("best", "last") if best else ("last",):
         link = store / f".{name}"
         link.unlink(missing_ok=True)
-        link.symlink_to(folder.relative_to(run))
+        link.symlink_to(Path(store.name, folder.name))
         os.replace(link, run / name)
     linked = {(run / name).resolve() for name in ("last", "best") if (run / name).exists()}
     for old in store.glob("step-*"):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,15 @@ def test_links_and_pruning(tmp_path):
     run.rename(tmp_path / "moved")  # the links are relative
     assert step_of(tmp_path / "moved" / "last") == 5
     assert (tmp_path / "moved" / "last").stat().st_mode & 0o777 == 0o755
+
+
+def test_relative_folder(tmp_path, monkeypatch):
+    """Since Python 3.12 the temporary folder has an absolute name even so."""
+    monkeypatch.chdir(tmp_path)
+    mkdtemp = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **options: os.path.abspath(mkdtemp(**options)))
+    marked_checkpoint(Path("run"), 1)
+    assert step_of(Path("run", "last")) == 1
 
 
 def test_missing_state(tmp_path):
