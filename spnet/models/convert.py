@@ -165,7 +165,7 @@ def _is_line(module: nn.Module) -> bool:
 def _route(name: str, block: nn.Module, router_width: int, router_dropout: float) -> nn.Module:
     """The RoutedBlock with the parts of ``block``, after what its two branches have in common."""
     graph = _trace(block)
-    x, output = next(iter(graph.nodes)), next(reversed(graph.nodes))
+    x, *_, output = graph.nodes
     total = _sum_of(output.args[0]) or _sum_of(output.args[0].all_input_nodes[0] if _is_unary(output.args[0]) else None)
     if total is None:
         raise _Other("does not end in a sum of two tensors")
