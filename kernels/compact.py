@@ -119,7 +119,7 @@ def launch(index, count, decisions, margins=None, b2=None, threshold=None) -> La
         BLOCK_PARTS=triton.next_power_of_2(max(parts, 1)),
         BLOCK=1024,
     )
-    return Launch(_compact_kernel, 1, arguments, warps=4, stages=1)
+    return Launch(_compact_kernel, 1, arguments, warps=8, stages=1)
 
 
 define(
