@@ -1,12 +1,11 @@
-# Two commands set everything up: `make demo` and `make test`. `make test-vision` takes several GB more.
+# Two commands set everything up: `make demo` and `make test`. The tests in other environments take several GB more.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.set-up
-VISION := .venv-vision
 NATIVE := CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test sanitize sanitize-address sanitize-thread test-vision lint format bench clean
+.PHONY: demo test sanitize sanitize-address sanitize-thread test-oldest test-vision lint format bench clean
 
 demo: $(SETUP)
 	$(BIN)/spnet demo
@@ -46,8 +45,12 @@ build/%/_core.so: $(SETUP) $(NATIVE)
 	$(MAKE) -C $(@D)
 	touch $@
 
-test-vision: $(VISION)/.set-up
-	$(VISION)/bin/python -m pytest tests/vision tests/models tests/execution tests/test_api.py tests/test_routing.py
+test-oldest: .venv-oldest/.set-up
+	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m spnet.kernels.check
+
+test-vision: .venv-vision/.set-up
+	.venv-vision/bin/python -m pytest tests/vision tests/models tests/execution tests/test_api.py tests/test_routing.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
@@ -67,13 +70,14 @@ $(SETUP): pyproject.toml constraints.txt setup.py $(NATIVE)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+.venv-oldest/.set-up: PACKAGES := --editable '.[test]'
 # Networks of others, on the newest torch that spnet is known to work with.
-$(VISION)/.set-up: pyproject.toml constraints.txt constraints-vision.txt setup.py $(NATIVE)
-	$(PYTHON) -m venv $(VISION)
-	grep -v '^torch==' constraints.txt > $(VISION)/constraints.txt
-	$(VISION)/bin/pip install --quiet --disable-pip-version-check --constraint $(VISION)/constraints.txt \
-	    --constraint constraints-vision.txt --editable '.[test,vision,hub]' timm
+.venv-vision/.set-up: PACKAGES := --editable '.[test,vision,hub]' timm
+.venv-%/.set-up: pyproject.toml constraints.txt constraints-%.txt setup.py $(NATIVE)
+	$(PYTHON) -m venv $(@D)
+	awk -F== 'NR == FNR { own[$$1] } NR == FNR || !($$1 in own)' constraints-$*.txt constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint $(@D)/constraints.txt $(PACKAGES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VISION) build *.egg-info spnet/_core*.so
+	rm -rf $(VENV) .venv-* build *.egg-info spnet/_core*.so
