@@ -10,18 +10,28 @@ import torch
 def take_turns(calls: dict[str, Callable], seconds: float = 15.0) -> dict[str, list[float]]:
     """Seconds of every call, measured in rounds in which each has its turn.
 
-    A short call is repeated in its turn: the second finds in the caches what the first has left there. Between turns
+    Each call is repeated in its turn: the second finds in the caches what the first has left there. Between turns
     nobody runs: the threads of several rivals spin for a while after their work, which would fall on the next one.
     """
     once = {name: _clock(call) for name, call in calls.items()}  # also warms up
-    repeats = {name: max(1, min(20, int(0.05 / t))) for name, t in once.items()}
-    rounds = max(4, min(100, int(seconds / sum(0.02 + repeats[name] * t for name, t in once.items()))))
+    repeats = {name: max(2, min(20, int(0.05 / t))) for name, t in once.items()}
+    rounds = max(3, min(100, int(seconds / sum(0.02 + repeats[name] * t for name, t in once.items()))))
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            time.sleep(0.02)
+            _wait_for_threads()
             times[name] += [_clock(call) for _ in range(repeats[name])]
     return times
+
+
+def _wait_for_threads(at_most: float = 1.0) -> None:
+    """Returns when no thread of this process works or spins any more."""
+    pause = 0.005
+    for _ in range(int(at_most / pause)):
+        before = time.process_time()
+        time.sleep(pause)
+        if time.process_time() - before < 0.1 * pause:
+            return
 
 
 def minima(calls: dict[str, Callable], seconds: float = 15.0) -> dict[str, float]:
