@@ -24,8 +24,8 @@ def take_turns(calls: dict[str, Callable], seconds: float = 15.0) -> dict[str, l
     return times
 
 
-def _wait_for_threads(at_most: float = 1.0) -> None:
-    """Returns when no thread of this process works or spins any more."""
+def _wait_for_threads(at_most: float = 0.2) -> None:
+    """Returns when no thread of this process works or spins any more, or after so many seconds."""
     pause = 0.005
     for _ in range(int(at_most / pause)):
         before = time.process_time()
