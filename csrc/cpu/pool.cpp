@@ -5,11 +5,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <list>
 #include <mutex>
 #include <system_error>
 #include <thread>
+
+#include "team.h"
 
 namespace spnet::cpu {
 namespace {
@@ -24,7 +27,7 @@ struct Job {
 
   // Guarded by Pool::mutex.
   int places = 0;  // workers that may still join
-  int inside = 0;
+  std::atomic<int> inside{0};
   bool listed = true;
   std::condition_variable left{};
 
@@ -37,6 +40,14 @@ struct Job {
   }
 };
 
+// Before a thread sleeps: what it waits for often comes sooner than it would be woken.
+template <class Condition>
+void watch_for(const Condition& condition) {
+  constexpr auto kMost = std::chrono::microseconds(200);
+  const auto begin = std::chrono::steady_clock::now();
+  for (Spin spin; !condition() && std::chrono::steady_clock::now() - begin < kMost;) spin.wait();
+}
+
 class Pool {
  public:
   void run(Job& job, detail::Function first, const void* first_context) {
@@ -45,11 +56,13 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       start_workers(helpers);
       jobs_.push_back(&job);
+      listed_ += 1;
     }
     for (int i = 0; i < helpers; ++i) wake_.notify_one();
     first(first_context);
     job.work();
 
+    watch_for([&] { return job.inside == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     unlist(job);
     job.left.wait(lock, [&] { return job.inside == 0; });
@@ -57,8 +70,10 @@ class Pool {
 
  private:
   void unlist(Job& job) {
-    if (job.listed) jobs_.remove(&job);
+    if (!job.listed) return;
+    jobs_.remove(&job);
     job.listed = false;
+    listed_ -= 1;
   }
 
   // Signals stay with the threads of the host program: one that Python's main thread waits for must reach it.
@@ -78,6 +93,11 @@ class Pool {
   void worker() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
+      if (jobs_.empty()) {
+        lock.unlock();
+        watch_for([&] { return listed_ > 0; });
+        lock.lock();
+      }
       wake_.wait(lock, [&] { return !jobs_.empty(); });
       Job& job = *jobs_.front();
       ++job.inside;
@@ -93,6 +113,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::list<Job*> jobs_;
+  std::atomic<int> listed_{0};  // their number
   int workers_ = 0;
 };
 

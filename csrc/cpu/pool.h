@@ -24,7 +24,7 @@ void parallel_for(int64_t n, int64_t grain, int threads, RangeFunction function,
 // whatever n is, before the caller takes a range of its own.
 //
 // May be called from several threads at once, from inside a range, and in a child after fork() (which starts
-// its own workers). Workers sleep when there is nothing to do.
+// its own workers). Workers watch for more work for 0.2 ms, then sleep.
 template <class Function, class First>
 void parallel_for(int64_t n, int64_t grain, int threads, const Function& function, const First& first) {
   if (threads <= 1 || n <= grain) {
