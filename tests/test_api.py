@@ -103,9 +103,29 @@ def test_any_memory_layout(network, impl):
         backing[:, :1, :, ::2],
         x.transpose(2, 3).contiguous().transpose(2, 3),
         x.flip(0).flip(0)[torch.arange(6)],
+        torch.complex(x, -x).conj().imag,  # a view that negates what it reads
     ]
     for layout in layouts:
         torch.testing.assert_close(spnet.fast_forward(network, layout, impl=impl), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["routed", "batch", "walk"])
+def test_the_defaults_of_torch_do_not_matter(network, impl, tmp_path):
+    x = torch.randn(6, 1, 32, 32)
+    expected = spnet.fast_forward(network, x, impl="masked")
+    lowered = spnet.lower(network)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):  # where it makes a tensor, nothing is computed
+            results = [spnet.fast_forward(network, x, impl=impl), lowered(x), spnet.calibrate(network, [x])(x)]
+            rates = spnet.paths(network, x).class_rates
+            lowered.save(tmp_path / "plan")
+            results.append(spnet.load_plan(tmp_path / "plan")(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for logits in results:
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert rates.device.type == "cpu"
 
 
 @pytest.mark.parametrize("impl", ["routed", "batch", "walk"])

@@ -75,7 +75,7 @@ class PathStatistics:
         return self._class_mean(self.macs[:, None])[:, 0]
 
     def _class_mean(self, values: Tensor) -> Tensor:
-        sums = torch.zeros(len(self.class_names), values.shape[1], dtype=torch.float64)
+        sums = torch.zeros(len(self.class_names), values.shape[1], dtype=torch.float64, device="cpu")
         sums.index_add_(0, self.classes, values.double())
         return sums / self.class_samples[:, None]
 

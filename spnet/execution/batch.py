@@ -124,10 +124,10 @@ class Batch:
     def _run(self, layers: _Layers, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         n_blocks = len(layers.blocks)
         if not len(x):
-            return torch.empty(0, self._network.num_classes), torch.empty(0, n_blocks, dtype=torch.bool)
+            return x.new_empty(0, self._network.num_classes), x.new_empty(0, n_blocks, dtype=torch.bool)
         state = self._stem(layers, x)
         dense = self.dense
-        decisions = torch.empty(len(x), n_blocks, dtype=torch.bool) if paths is None else paths.clone()
+        decisions = x.new_empty(len(x), n_blocks, dtype=torch.bool) if paths is None else paths.clone()
         pooled = None
         for column, (block, body, projection, router) in enumerate(layers.blocks):
             if paths is None:

@@ -35,8 +35,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> Plan:
         ValueError: no sample in the batches, or an input that does not fit the model.
     """
     plan = plan_of(getattr(model, "_orig_mod", model))
-    executed, samples = torch.zeros(plan.num_blocks), 0
-    seconds = torch.zeros(2, plan.num_blocks)  # routed, dense
+    executed, samples = torch.zeros(plan.num_blocks, device="cpu"), 0
+    seconds = torch.zeros(2, plan.num_blocks, device="cpu")  # routed, dense
     for x in batches:
         _, paths = plan(x, return_paths=True)
         executed += paths.decisions.sum(0).cpu()
@@ -55,7 +55,7 @@ def _times(plan: Plan, x: Tensor, decisions: Tensor) -> Tensor:
     """Seconds of every block [2, L], routed and dense: the least of several turns."""
     clock = on(plan.device).clock
     times = [_minima(clock, run) for run in plan.execution("batch").trials(x, decisions)]
-    return torch.tensor(times).reshape(-1, 2).T
+    return torch.tensor(times, device="cpu").reshape(-1, 2).T
 
 
 def _minima(clock: Callable, run: Callable[[bool], object]) -> tuple[float, float]:

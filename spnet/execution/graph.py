@@ -256,8 +256,8 @@ class _Captured:
         self._image, self._pixels = layers.image(batch)
         self._pixels.fill_(torch.nan)
         self._decisions = torch.zeros(batch, len(network.blocks), dtype=torch.bool, device=device)
-        self._threshold = None if forced else torch.zeros(1, device=device)
-        self._logits = torch.empty(batch, network.num_classes, device=device)
+        self._threshold = None if forced else torch.zeros(1, dtype=torch.float32, device=device)
+        self._logits = torch.empty(batch, network.num_classes, dtype=torch.float32, device=device)
         self.buffers = [t for t in (self._image, self._decisions, self._threshold, self._logits) if t is not None]
         tensors = self._image, self._decisions, self._threshold, self._logits
         self.replay = capture(partial(layers.forward, *tensors, dense, tf32))
@@ -310,7 +310,7 @@ class Graph:
         network = self._layers.network
         if not len(x):
             decisions = torch.empty(0, len(network.blocks), dtype=torch.bool, device=x.device)
-            return torch.empty(0, network.num_classes, device=x.device), decisions
+            return torch.empty(0, network.num_classes, dtype=torch.float32, device=x.device), decisions
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad(), self._lock:
             pieces = x.split(self._largest)

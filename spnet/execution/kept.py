@@ -58,7 +58,7 @@ class _Watch:
         self._versions = [t._version for t in self._elsewhere]
         # The version counter of PyTorch misses what is written through .data: the bytes themselves do not.
         table = sorted((part, *span) for span, part in spans.items())
-        table = torch.tensor([(address, size, part) for part, address, size in table], dtype=torch.int64)
+        table = torch.tensor([(address, size, part) for part, address, size in table], dtype=torch.int64, device="cpu")
         self._fingerprint = core.Fingerprint(table.data_ptr(), len(table), len(parts), torch.get_num_threads())
         self._all = b"\1" * len(parts)
 

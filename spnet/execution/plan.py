@@ -176,7 +176,8 @@ class Plan:
         _check("x", x, self.dtype, (None, *self.input_shape), self.device)
         if paths is not None:
             _check("paths", paths, torch.bool, (len(x), self.num_blocks), self.device)
-        logits, decisions = self.execution(impl).run(x, paths, threshold)
+        # A negated view of memory, such as z.conj().imag, is not what lies there.
+        logits, decisions = self.execution(impl).run(x.resolve_neg(), paths, threshold)
         return logits.to(self.dtype), decisions
 
     def paths_of(self, decisions: Tensor) -> Paths:
@@ -191,14 +192,16 @@ class Plan:
             OSError: a full disk, say; what was there before stays.
         """
         blocks = self.macs.blocks
-        tensors = {
-            "table": self.network.table(),
-            "weights": self.weights,
-            "costs": torch.tensor([[b.body, b.shortcut, b.router, b.parameters] for b in blocks]).reshape(-1, 4),
-            "total": torch.tensor([self.macs.dense, self.macs.parameters]),
-            "rates": torch.full((self.num_blocks,), torch.nan) if self.rates is None else self.rates,
-            "dense": torch.tensor(self._dense, dtype=torch.bool),
-        }
+        with torch.device("cpu"):  # whatever the default is
+            unknown = torch.full((self.num_blocks,), torch.nan, dtype=torch.float32)
+            tensors = {
+                "table": self.network.table(),
+                "weights": self.weights,
+                "costs": torch.tensor([[b.body, b.shortcut, b.router, b.parameters] for b in blocks]).reshape(-1, 4),
+                "total": torch.tensor([self.macs.dense, self.macs.parameters]),
+                "rates": unknown if self.rates is None else self.rates,
+                "dense": torch.tensor(self._dense, dtype=torch.bool),
+            }
         dtype = str(self.dtype).removeprefix("torch.")
         names = "\n".join(block.name for block in blocks)
         metadata = {"spnet-plan": str(FORMAT_VERSION), "dtype": dtype, "blocks": names}

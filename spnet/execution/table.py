@@ -53,7 +53,7 @@ class Network(NamedTuple):
         ints = [FORMAT_VERSION, *self[:4], len(self.blocks), *self.pool, *self.stem]
         for block in self.blocks:
             ints += [len(block.body), *block[1:], *(i for conv in block.body for i in conv)]
-        return torch.tensor(ints, dtype=torch.int64)
+        return torch.tensor(ints, dtype=torch.int64, device="cpu")
 
     def shapes(self) -> Iterator[tuple[int, ...]]:
         """Shapes of the weights, in their order."""

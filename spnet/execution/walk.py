@@ -37,7 +37,8 @@ class Walk:
         """x [B, C, H, W], paths bool [B, L] or None -> float32 logits [B, classes], decisions bool [B, L]."""
         batch, (classes, blocks) = len(x), self._outputs
         paths = None if paths is None else paths.contiguous()
-        logits, decisions = torch.empty(batch, classes), torch.empty(batch, blocks, dtype=torch.bool)
+        logits = torch.empty(batch, classes, dtype=torch.float32, device=x.device)
+        decisions = torch.empty(batch, blocks, dtype=torch.bool, device=x.device)
         self._native.run(
             x.data_ptr(),
             batch,
@@ -82,7 +83,7 @@ class CudaWalk:
         """As :meth:`Walk.run`, on the device of the weights."""
         batch, (classes, blocks) = len(x), self._outputs
         paths = None if paths is None else paths.contiguous()
-        logits = torch.empty(batch, classes, device=x.device)
+        logits = torch.empty(batch, classes, dtype=torch.float32, device=x.device)
         decisions = torch.empty(batch, blocks, dtype=torch.bool, device=x.device)
         self._native.run(
             x.data_ptr(),
