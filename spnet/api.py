@@ -57,7 +57,7 @@ def _by_plan(
     """Plan, logits and decisions where ``impl`` asks for a plan and the model fits."""
 
     def run(plan: Plan) -> tuple[Tensor, Tensor]:
-        _check_input(model, model.features.stem[0].weight, x)
+        _check_input(model, model.features[0][0].weight, x)
         if paths is not None:
             _check_paths(paths, len(x), plan.num_blocks, x.device)
         return plan.run(x, paths, threshold, impl)

@@ -230,6 +230,11 @@ def active(run: Run) -> Iterator[Run]:
         _active_run.reset(token)
 
 
+def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module computes what ``kind`` does: no subclass or instance has a forward of its own."""
+    return type(module).forward is kind.forward and "forward" not in vars(module)
+
+
 def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:
     """The RoutedBlocks of a model by name, in the order of registration: the columns of every ``paths``."""
     return {name: m for name, m in model.named_modules() if isinstance(m, RoutedBlock)}

@@ -124,7 +124,8 @@ class Batch:
     def _run(self, layers: _Layers, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         n_blocks = len(layers.blocks)
         if not len(x):
-            return x.new_empty(0, self._network.num_classes), x.new_empty(0, n_blocks, dtype=torch.bool)
+            logits = x.new_empty(0, self._network.num_classes, dtype=torch.float32)
+            return logits, x.new_empty(0, n_blocks, dtype=torch.bool)
         state = self._stem(layers, x)
         dense = self.dense
         decisions = x.new_empty(len(x), n_blocks, dtype=torch.bool) if paths is None else paths.clone()

@@ -26,7 +26,7 @@ from spnet.execution.table import FORMAT_VERSION, IDENTITY, PAD, PROJECTION, Blo
 from spnet.execution.walk import CudaWalk, Walk
 from spnet.models.files import write_whole
 from spnet.models.resnet import PadShortcut, SPNet
-from spnet.routing import RoutedBlock, Router
+from spnet.routing import RoutedBlock, RoutedSequential, Router, _BatchNorm1d
 
 
 def _graph(network: Network, weights: Tensor, dtype: torch.dtype):
@@ -277,20 +277,24 @@ def lower(model: nn.Module) -> Plan:
         LoweringError: a network that does not fit; the message says why.
     """
     check_fit(model)
-    blocks = [block for stage in model.stages for block in stage]
+    lines = nn.Sequential, RoutedSequential
+    if type(model.features) not in lines or any(type(part) not in lines for part in model.features):
+        raise LoweringError("the features are not a stem and stages, each a plain sequence of modules")
+    stem, *stages = map(list, model.features)
+    blocks = [block for stage in stages for block in stage]
     if len(set(map(id, blocks))) < len(blocks):
         raise LoweringError("a block stands in two places, so its executions have no one column in the paths")
-    stem, size, head = list(model.features.stem), model.input_size, model.heads[-1]
-    pool = _lower_pool(stem.pop()) if type(stem[-1]) is nn.MaxPool2d else (0, 0, 0)
-    if len(stem) != 3 or type(stem[-1]) is not nn.ReLU:
+    size, head = model.input_size, model.heads[-1]
+    if [type(m) for m in stem[2:]] not in ([nn.ReLU], [nn.ReLU, nn.MaxPool2d]):
         raise LoweringError("the stem is not a convolution with BatchNorm, ReLU and at most a max-pooling")
+    pool = _lower_pool(stem[3]) if len(stem) == 4 else (0, 0, 0)
     [first], weights = _lower_chain("the stem", nn.Sequential(*stem[:2]))
     rows = []
     for number, block in enumerate(blocks):
         row, folded = _lower_block(number, block)
         rows.append(row)
         weights += folded
-    network = Network(model.in_channels, size, size, model.num_classes, pool, first, tuple(rows))
+    network = Network(model.in_channels, size, size, head.out_features, pool, first, tuple(rows))
     flat = torch.cat([w.detach().float().flatten() for w in (*weights, head.weight, head.bias)])
     macs = count_macs(model, (model.in_channels, size, size))
     try:
@@ -303,7 +307,10 @@ def check_fit(model: nn.Module) -> None:
     """Raise the LoweringError of :func:`lower` for what can be said without reading the blocks."""
     if getattr(type(model), "forward", None) is not SPNet.forward:
         raise LoweringError(f"{type(model).__name__} is not one of spnet's own networks")
-    weight = model.heads[-1].weight
+    head = model.heads[-1]
+    if type(head) is not nn.Linear or head.bias is None:
+        raise LoweringError("the last head is not a linear layer with a bias")
+    weight = head.weight
     try:
         check_device(weight.device, weight.dtype)
     except ValueError as e:
@@ -313,6 +320,9 @@ def check_fit(model: nn.Module) -> None:
             raise LoweringError("the network is in training mode")
         if module._forward_hooks or module._forward_pre_hooks:
             raise LoweringError("a forward hook expects the modules to be called")
+        forward = vars(module).get("forward")
+        if forward is not None and not getattr(forward, "same_in_evaluation", False):
+            raise LoweringError(f"the forward of a {type(module).__name__} has been replaced")
 
 
 def _lower_block(number: int, block: nn.Module) -> tuple[Block, list[Tensor]]:
@@ -331,6 +341,11 @@ def _lower_block(number: int, block: nn.Module) -> tuple[Block, list[Tensor]]:
             raise LoweringError(f"the shortcut of {name} is not a 1x1 convolution")
         weights += folded
     router = block.router
+    parts = type(router.fc1), type(router.bn), type(router.dropout), type(router.fc2)
+    if parts != (nn.Linear, _BatchNorm1d, nn.Dropout, nn.Linear) or router.fc2.out_features != 2:
+        raise LoweringError(f"the router of {name} does not consist of what a spnet.Router does")
+    if router.fc2.bias is None:
+        raise LoweringError(f"the router of {name} has no bias")
     weights += fuse_linear_bn_weights(router.fc1.weight, router.fc1.bias, *_statistics(router.bn))
     # The two logits matter by their difference alone.
     (w_skip, w_execute), (b_skip, b_execute) = router.fc2.weight, router.fc2.bias

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spnet.execution import ops
 from spnet.execution.masked import MaskedRun
-from spnet.routing import RoutedBlock, RoutedSequential, Router
+from spnet.routing import RoutedBlock, RoutedSequential, Router, computes
 
 # Applied twice they change nothing, so a sample that passed one need not pass the same one again.
 _IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Identity)
@@ -51,9 +51,9 @@ class RoutedRun(MaskedRun):
 
     def _chain(self, sequential: RoutedSequential, state: _State) -> _State:
         for module in sequential:
-            if isinstance(module, RoutedSequential):
+            if computes(module, RoutedSequential):
                 state = self._chain(module, state)
-            elif isinstance(module, RoutedBlock):
+            elif computes(module, RoutedBlock):
                 state = self._step(module, state)
             else:
                 y = module(state.x)
@@ -62,7 +62,7 @@ class RoutedRun(MaskedRun):
 
     def _step(self, block: RoutedBlock, state: _State) -> _State:
         x, pooled = state.x, state.pooled
-        if type(block.router) is not Router or not self._in_place:
+        if type(block.router) is not Router or not computes(block.router, Router) or not self._in_place:
             pooled = None  # another router looks at x itself, and a hook on a router expects its call
         elif pooled is None and self._forced is None:
             pooled = Router.pool(x)
@@ -71,7 +71,7 @@ class RoutedRun(MaskedRun):
         if len(index) == len(x):
             return _State(block.activation(block.shortcut(x) + block.body(x)), True, activation)
 
-        identity = type(block.shortcut) is nn.Identity
+        identity = computes(block.shortcut, nn.Identity)
         # A skipped sample of a settled block is unchanged: its activation has been applied before.
         settled = identity and activation is not None and activation in (nn.Identity, state.activation)
         if settled and len(index) == 0:
@@ -93,14 +93,16 @@ class RoutedRun(MaskedRun):
 
 
 def _idempotent(module: nn.Module) -> type | None:
-    return type(module) if type(module) in _IDEMPOTENT else None
+    return type(module) if type(module) in _IDEMPOTENT and computes(module, type(module)) else None
 
 
 def _last(module: nn.Module) -> nn.Module:
-    while isinstance(module, nn.Sequential) and len(module):
+    while computes(module, nn.Sequential) and len(module):
         module = module[-1]
     return module
 
 
-def _shares_memory(a: Tensor, b: Tensor) -> bool:
+def _shares_memory(a: object, b: object) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return True  # a tuple of tensors, say, of which nothing is known
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -9,6 +9,7 @@ from torch import nn
 
 import spnet
 from spnet.execution.plan import _digest
+from spnet.training.distributed import synchronise_batchnorm
 from tests.conftest import settle
 
 
@@ -87,6 +88,29 @@ def _replace_router(model):
     model.features.stage1[1].router = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)).eval()
 
 
+def _replace_part(model):
+    model.features.stage1[0].router.bn = nn.Identity().eval()
+
+
+def _replace_forward(model):
+    conv = model.features.stage1[0].body[0]
+    conv.forward = lambda x: 2 * type(conv).forward(conv, x)
+
+
+def _append_module(model):
+    model.features.append(nn.ReLU().eval())
+
+
+class _Doubled(spnet.RoutedSequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class _DoubledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def _share_block(model):
     model.features.stage1[1] = model.features.stage1[0]
 
@@ -101,6 +125,20 @@ def _share_block(model):
         (_replace_pool, "a max-pooling that is not square, undilated and rounded down"),
         (_replace_activation, "block 0 is no RoutedBlock with a spnet.Router and a ReLU"),
         (_replace_router, "block 1 is no RoutedBlock with a spnet.Router"),
+        (_replace_part, "the router of block 0 does not consist of"),
+        (lambda m: setattr(m.features.stage1[1].router, "fc1", _DoubledLinear(6, 128).eval()), "the router of block 1"),
+        (lambda m: setattr(m.features.stage1[1].router, "fc2", nn.Linear(128, 3).eval()), "the router of block 1"),
+        (lambda m: setattr(m.features.stage1[1].router.fc2, "bias", None), "the router of block 1 has no bias"),
+        (_replace_forward, "the forward of a Conv2d has been replaced"),
+        (_append_module, "the features are not a stem and stages"),
+        (lambda m: setattr(m.features, "stem", nn.Conv2d(2, 6, 3, padding=1).eval()), "the features are not a stem"),
+        (lambda m: setattr(m.features, "stem", nn.Sequential().eval()), "the stem is not a convolution"),
+        (lambda m: setattr(m.features, "stage1", _Doubled(*m.features.stage1).eval()), "the features are not a stem"),
+        (lambda m: setattr(m, "features", _Doubled(*m.features).eval()), "the features are not a stem"),
+        (lambda m: m.features.append(m.features[1]), "a block stands in two places"),
+        (lambda m: m.heads.append(nn.Sequential(nn.Linear(10, 5)).eval()), "the last head is not a linear layer"),
+        (lambda m: m.heads.append(_DoubledLinear(10, 5).eval()), "the last head is not a linear layer"),
+        (lambda m: m.heads.append(nn.Linear(10, 5, bias=False).eval()), "the last head is not a linear layer"),
         (_share_block, "a block stands in two places"),
         (nn.Module.train, "training mode"),
         (nn.Module.double, "torch.float64 on cpu is neither"),
@@ -114,6 +152,20 @@ def test_what_does_not_fit_is_said(change, reason):
     change(model)
     with pytest.raises(spnet.LoweringError, match=reason):
         spnet.lower(model)
+
+
+def test_a_new_head_says_the_number_of_classes():
+    model = _small()
+    model.heads[-1] = nn.Linear(10, 3).eval()
+    assert spnet.lower(model)(torch.randn(4, 2, 12, 12)).shape == (4, 3)
+
+
+def test_synchronised_batchnorm_is_lowered():
+    model = _small()
+    x = torch.randn(4, 2, 12, 12)
+    expected = spnet.lower(model)(x)
+    synchronise_batchnorm(model)
+    assert torch.equal(spnet.lower(model)(x), expected)
 
 
 def test_networks_that_do_not_fit():

@@ -148,6 +148,68 @@ def test_networks(name, bias):
     _check(model, torch.randn(5, 3, size, size))
 
 
+class _DoubledBlock(spnet.RoutedBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x) - 1
+
+
+class _DoubledLine(spnet.RoutedSequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x) - 1
+
+
+class _Lowered(nn.Sequential):
+    """Ends in a ReLU, but its result is not that of a ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - 1
+
+
+class _Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, 2 * x
+
+
+class _Sum(nn.Module):
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return sum(pair)
+
+
+def _replace_forward(module: nn.Module, factor: float) -> nn.Module:
+    module.forward = lambda *args: factor * type(module).forward(module, *args) - 1
+    return module
+
+
+def _line(*places: str) -> spnet.RoutedSequential:
+    """Three blocks and what a user has made of them."""
+
+    def block(made_by: type = spnet.RoutedBlock) -> spnet.RoutedBlock:
+        return made_by(nn.Linear(4, 4), spnet.Router(4, 8), None, nn.ReLU())
+
+    line = [nn.ReLU(), block(), block(), block()]
+    for place in places:
+        if place == "block":
+            line[2] = block(_DoubledBlock)
+        elif place == "line":
+            line[1:3] = [_DoubledLine(*line[1:3])]
+        elif place == "first":
+            line[0] = _Lowered(nn.Linear(4, 4), nn.ReLU())
+        elif place == "pair":
+            line[2:2] = [_Pair(), _Sum()]
+        else:
+            _replace_forward(line[2].get_submodule(place.removeprefix("own ")), -2)
+    return settle(spnet.RoutedSequential(*line))
+
+
+@pytest.mark.parametrize(
+    "place", ["block", "line", "first", "pair", "own ", "own router", "own activation", "own shortcut", "own body"]
+)
+def test_a_forward_of_a_users_own(place):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        _check(_line(place), torch.randn(16, 4))
+
+
 def test_all_skipped_and_all_executed_are_exact(network):
     x = torch.randn(6, 1, 32, 32)
     for paths in (torch.zeros(6, 9, dtype=torch.bool), torch.ones(6, 9, dtype=torch.bool)):
