@@ -38,6 +38,9 @@ def _scan(model: nn.Module) -> _Scan:
             raise ValueError(
                 f"model: expected evaluation mode, but {name or 'the model'!r} is in training mode; call model.eval()"
             )
+        compiled = module._compiled_call_impl is not None and module is not model or "_orig_mod" in module._modules
+        if compiled and any(isinstance(m, RoutedBlock) for m in module.modules()):
+            raise ValueError(f"model: {name!r} is compiled, which hides its RoutedBlocks; compile bodies instead")
         if isinstance(module, RoutedBlock):
             blocks[name] = module
             routers.update(id(m) for m in module.router.modules())
@@ -129,12 +132,13 @@ def fast_forward(
         return_paths: also return :class:`Paths`.
 
     Returns:
-        The model's output, or ``(output, Paths)``.
+        The model's output, or ``(output, Paths)``. "batch" and "walk" compute in the model's dtype, also in an autocast
+        region.
 
     Raises:
-        ValueError: a model in training mode or without RoutedBlocks; x of another shape, dtype or device than the
-            model's, or requiring grad; paths of another shape; a threshold that is NaN; an unknown impl, or one that
-            does not fit.
+        ValueError: a model in training mode, without RoutedBlocks, or with compiled parts around them; x of another
+            shape, dtype or device than the model's, or requiring grad; paths of another shape; a threshold that is NaN;
+            an unknown impl, or one that does not fit.
         TypeError: x is no tensor.
     """
     _check_impl(impl)
@@ -154,8 +158,10 @@ def fast_forward(
         run = MaskedRun(blocks, paths, threshold)
     else:
         run = RoutedRun(blocks, paths, threshold, in_place=not scan.hooked)
+    # Not the code of model.compile(), which knows of no run.
+    forward = model if model._compiled_call_impl is None else model._call_impl
     with torch.no_grad(), active(run):
-        output = model(x)
+        output = forward(x)
     if not return_paths:
         return output
     decisions = run.paths(len(x), x.device)

@@ -228,6 +228,46 @@ def test_a_compiled_model_is_unwrapped(network):
     assert torch.equal(spnet.fast_forward(compiled, x), spnet.fast_forward(network, x))
 
 
+def test_a_model_compiled_in_place_is_run_as_it_is(network):
+    x, paths = torch.randn(3, 1, 32, 32), torch.zeros(3, 9, dtype=torch.bool)
+    expected = spnet.fast_forward(network, x, impl="masked", paths=paths)
+    network.compile(backend="eager")
+    network(x)
+    for impl in ("masked", "routed"):
+        logits, taken = spnet.fast_forward(network, x, impl=impl, paths=paths, return_paths=True)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(taken.decisions, paths)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled_parts_that_hide_blocks_are_refused(network, in_place):
+    stage = network.features.stage2
+    if in_place:
+        stage.compile(backend="eager")
+    else:
+        network.features.stage2 = torch.compile(stage, backend="eager")
+    with pytest.raises(ValueError, match="model: 'features.stage2' is compiled, which hides its RoutedBlocks"):
+        spnet.fast_forward(network, torch.zeros(1, 1, 32, 32), impl="routed")
+
+
+def test_compiled_bodies(network):
+    x = torch.randn(3, 1, 32, 32)
+    expected = spnet.fast_forward(network, x, impl="masked")
+    for block in routed_blocks(network).values():
+        block.body = torch.compile(block.body, backend="eager", dynamic=True)
+    torch.testing.assert_close(spnet.fast_forward(network, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["batch", "walk"])
+def test_plans_compute_in_the_models_dtype_under_autocast(network, impl):
+    x = torch.randn(3, 1, 32, 32)
+    expected, paths = spnet.fast_forward(network, x, impl=impl, return_paths=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, taken = spnet.fast_forward(network, x, impl=impl, return_paths=True)
+    assert torch.equal(logits, expected)
+    assert torch.equal(taken.decisions, paths.decisions)
+
+
 def test_explain_names_the_choice_and_the_cost_of_each_skip(network):
     x = torch.zeros(1, 1, 32, 32)
     text = str(spnet.explain(network, x))

@@ -111,6 +111,7 @@ class Batch:
     def _plain(self) -> _Layers:
         return _Layers(self._network, self._weights, self._dtype, _Convolution)
 
+    @torch.autocast("cpu", enabled=False)
     @torch.no_grad()
     def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         """x [B, C, H, W], paths bool [B, L] or None -> float32 logits [B, classes], decisions bool [B, L]."""

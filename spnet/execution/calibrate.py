@@ -54,7 +54,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> Plan:
 def _times(plan: Plan, x: Tensor, decisions: Tensor) -> Tensor:
     """Seconds of every block [2, L], routed and dense: the least of several turns."""
     clock = on(plan.device).clock
-    times = [_minima(clock, run) for run in plan.execution("batch").trials(x, decisions)]
+    with torch.autocast(plan.device.type, enabled=False):
+        times = [_minima(clock, run) for run in plan.execution("batch").trials(x, decisions)]
     return torch.tensor(times, device="cpu").reshape(-1, 2).T
 
 

@@ -312,7 +312,7 @@ class Graph:
             decisions = torch.empty(0, len(network.blocks), dtype=torch.bool, device=x.device)
             return torch.empty(0, network.num_classes, dtype=torch.float32, device=x.device), decisions
         # Tensors made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad(), self._lock:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False), self._lock:
             pieces = x.split(self._largest)
             forced = [None] * len(pieces) if paths is None else paths.split(self._largest)
             results = [self._run(piece, given, threshold) for piece, given in zip(pieces, forced, strict=True)]

@@ -84,8 +84,10 @@ class Plan:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
+        check_device(torch.device(device), dtype)
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"{device}: PyTorch finds no GPU")
         self.device = torch.empty(0, device=device).device  # "cuda" is the current one of them
-        check_device(self.device, dtype)
         self.network = read_table(table)
         expected = sum(math.prod(shape) for shape in self.network.shapes())
         if weights.numel() != expected:
@@ -165,6 +167,7 @@ class Plan:
 
         Raises:
             ValueError: another shape, dtype or device; LoweringError where the network does not fit ``impl``.
+            TypeError: x or paths is no tensor.
         """
         logits, decisions = self.run(x, paths, threshold, impl)
         return (logits, self.paths_of(decisions)) if return_paths else logits
@@ -209,6 +212,8 @@ class Plan:
 
 
 def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], device: torch.device) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
     fits = t.dim() == len(shape) and all(e in (None, s) for e, s in zip(shape, t.shape, strict=True))
     if not fits or t.dtype != dtype or t.device != device:
         expected = ", ".join("B" if s is None else str(s) for s in shape)
@@ -230,12 +235,12 @@ def load_plan(path: str | Path, device: torch.device | str = "cpu") -> Plan:
     """Read a plan that :meth:`Plan.save` wrote, for the CPU or CUDA, whichever it was saved from.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: no file there.
         ValueError: a truncated, damaged or foreign file, another version, impossible sizes, or what the device does
             not run.
     """
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"path: no plan at {path}")
     try:
         with safe_open(path, framework="pt") as f:

@@ -60,6 +60,28 @@ def test_bad_paths(network):
         spnet.lower(network)(torch.zeros(2, 1, 32, 32), paths=torch.ones(2, 8, dtype=torch.bool))
 
 
+def test_what_is_no_tensor(network):
+    plan, x = spnet.lower(network), torch.zeros(1, 1, 32, 32)
+    with pytest.raises(TypeError, match="x: expected a Tensor, got ndarray"):
+        plan(x.numpy())
+    with pytest.raises(TypeError, match="paths: expected a Tensor, got list"):
+        plan(x, paths=[[True] * 9])
+    with pytest.raises(TypeError, match="x: expected a Tensor, got tuple"):
+        spnet.calibrate(network, [(x, torch.zeros(1))])
+
+
+def test_where_no_plan_can_be(network, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="path: no plan at"):
+        spnet.load_plan(tmp_path)
+    spnet.lower(network).save(tmp_path / "plan")
+    with pytest.raises(ValueError, match="SPNET_EXPERIMENTAL_CUDA_WALK=1"):
+        spnet.load_plan(tmp_path / "plan", "cuda")
+    monkeypatch.setenv("SPNET_EXPERIMENTAL_CUDA_WALK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="cuda: PyTorch finds no GPU"):
+        spnet.load_plan(tmp_path / "plan", "cuda")
+
+
 def _replace_body(model):
     model.features.stage1[0].body[2] = nn.GELU().eval()
 
