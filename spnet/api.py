@@ -16,7 +16,7 @@ from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan
 from spnet.execution.routed import RoutedRun
-from spnet.routing import RoutedBlock, RoutedSequential, Router, active
+from spnet.routing import RoutedBlock, RoutedSequential, Router, active, uncompiled
 
 IMPLEMENTATIONS = ("masked", "routed", "batch", "walk")
 
@@ -108,6 +108,7 @@ def _check_impl(impl: str) -> None:
         raise ValueError(f"impl: unknown {impl!r}; did you mean {', '.join(map(repr, near))}?")
 
 
+@uncompiled
 def fast_forward(
     model: nn.Module,
     x: Tensor,
@@ -184,6 +185,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@uncompiled
 def explain(model: nn.Module, x: Tensor) -> Explanation:
     """Say which execution ``fast_forward(model, x)`` takes and why, and what a skip costs at each block.
 

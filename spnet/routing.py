@@ -7,7 +7,8 @@ per sample. This file computes everything and then selects (``masked``); the oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple, Protocol
@@ -228,6 +229,21 @@ def active(run: Run) -> Iterator[Run]:
         yield run
     finally:
         _active_run.reset(token)
+
+
+def uncompiled(function: Callable) -> Callable:
+    """Keep a function out of torch.compile, which would keep what it has found once: addresses, weights, no run.
+
+    Not ``torch.compiler.disable`` from the start: it imports the compiler, which takes two seconds.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def computes(module: nn.Module, kind: type[nn.Module]) -> bool:

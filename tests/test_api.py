@@ -239,6 +239,24 @@ def test_a_model_compiled_in_place_is_run_as_it_is(network):
         assert torch.equal(taken.decisions, paths)
 
 
+@pytest.mark.parametrize("impl", ["masked", "routed", "batch", "walk"])
+def test_in_a_compiled_function(network, impl):
+    x, forced = torch.randn(3, 1, 32, 32), torch.rand(3, 9) < 0.5
+    plan = spnet.lower(network)
+    expected = plan(x)
+
+    @torch.compile(backend="eager")
+    def forward(x, paths):
+        logits, taken = spnet.fast_forward(network, x + 0, impl=impl, paths=paths, return_paths=True)
+        return logits * 1, taken.decisions, plan(x) * 1
+
+    for paths in (None, forced):
+        network.heads[-1].bias.data += 1  # the answer follows the weights
+        logits, taken = spnet.fast_forward(network, x, impl=impl, paths=paths, return_paths=True)
+        for got, wanted in zip(forward(x, paths), (logits, taken.decisions, expected), strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_compiled_parts_that_hide_blocks_are_refused(network, in_place):
     stage = network.features.stage2

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from spnet.execution.device import on
 from spnet.execution.kept import plan_of
 from spnet.execution.plan import Plan
+from spnet.routing import uncompiled
 
 ROUNDS = 7  # in each of which both have their turn
 
 
+@uncompiled
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> Plan:
     """Measure how often and how fast each block of a model executes, and keep the faster of two ways to run it.
 

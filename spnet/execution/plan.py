@@ -26,7 +26,7 @@ from spnet.execution.table import FORMAT_VERSION, IDENTITY, PAD, PROJECTION, Blo
 from spnet.execution.walk import CudaWalk, Walk
 from spnet.models.files import write_whole
 from spnet.models.resnet import PadShortcut, SPNet
-from spnet.routing import RoutedBlock, RoutedSequential, Router, _BatchNorm1d
+from spnet.routing import RoutedBlock, RoutedSequential, Router, _BatchNorm1d, uncompiled
 
 
 def _graph(network: Network, weights: Tensor, dtype: torch.dtype):
@@ -144,6 +144,7 @@ class Plan:
             self._executions[impl] = found
         return found
 
+    @uncompiled
     def __call__(
         self,
         x: Tensor,
@@ -231,6 +232,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
+@uncompiled
 def load_plan(path: str | Path, device: torch.device | str = "cpu") -> Plan:
     """Read a plan that :meth:`Plan.save` wrote, for the CPU or CUDA, whichever it was saved from.
 
@@ -267,6 +269,7 @@ def load_plan(path: str | Path, device: torch.device | str = "cpu") -> Plan:
     return plan
 
 
+@uncompiled
 @torch.no_grad()
 def lower(model: nn.Module) -> Plan:
     """Lower a routed network in evaluation mode: BatchNorm folded, two router logits folded into one margin.
