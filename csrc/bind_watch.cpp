@@ -1,13 +1,18 @@
 #include "bind_watch.h"
 
+#include <pybind11/stl.h>
+
+#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "cpu/fingerprint.h"
+#include "cpu/pool.h"
 
 namespace py = pybind11;
 
@@ -47,34 +52,44 @@ const DLPackExchangeApi& exchange_api(const py::capsule& capsule) {
   return *api;
 }
 
-// Where and how tensors lie in memory: address, device, dtype, shape and strides of each.
+// Where and how the tensors of some parts lie in memory: address, device, dtype, shape and strides of each.
 class Layouts {
  public:
-  Layouts(py::list tensors, const py::capsule& exchange)
-      : tensors_(std::move(tensors)), api_(exchange_api(exchange)) {
-    each([this](const void* values, size_t bytes) {
-      layouts_.append(static_cast<const char*>(values), bytes);
-      return true;
-    });
+  Layouts(const std::vector<py::list>& parts, const py::capsule& exchange) : api_(exchange_api(exchange)) {
+    for (const py::list& tensors : parts) {
+      std::string layouts;
+      const bool all = each(tensors, [&](const void* values, size_t bytes) {
+        layouts.append(static_cast<const char*>(values), bytes);
+        return true;
+      });
+      if (!all) throw py::error_already_set();
+      parts_.push_back({tensors, std::move(layouts)});
+    }
   }
 
-  bool unchanged() const {
+  size_t parts() const { return parts_.size(); }
+
+  bool unchanged(size_t part) const {
+    const auto& [tensors, layouts] = parts_[part];
     size_t place = 0;
-    return each([&](const void* values, size_t bytes) {
-      const bool fits = place + bytes <= layouts_.size();
-      const bool same = fits && std::memcmp(&layouts_[place], values, bytes) == 0;
+    const bool same = each(tensors, [&place, &layouts = layouts](const void* values, size_t bytes) {
+      const bool fits = place + bytes <= layouts.size();
+      const bool same = fits && std::memcmp(&layouts[place], values, bytes) == 0;
       place += bytes;
       return same;
     });
+    PyErr_Clear();  // a tensor has become one without memory
+    return same;
   }
 
  private:
-  // Hands the numbers of all tensors to take(values, bytes) until it returns false.
+  // Hands the numbers of all tensors to take(values, bytes) until it returns false or there is a Python
+  // error.
   template <class Take>
-  bool each(const Take& take) const {
-    for (const py::handle tensor : tensors_) {
+  bool each(const py::list& tensors, const Take& take) const {
+    for (const py::handle tensor : tensors) {
       DLTensor t{};
-      if (api_.tensor_from_object(tensor.ptr(), &t) != 0) throw py::error_already_set();
+      if (api_.tensor_from_object(tensor.ptr(), &t) != 0) return false;
       const auto address = reinterpret_cast<std::uintptr_t>(t.data) + t.byte_offset;
       const int32_t kind[] = {t.device_type, t.device_id, t.ndim, t.type_code, t.type_bits, t.type_lanes};
       const size_t row = t.ndim * sizeof(int64_t);
@@ -85,14 +100,13 @@ class Layouts {
     return true;
   }
 
-  py::list tensors_;
   const DLPackExchangeApi& api_;
-  std::string layouts_;
+  std::vector<std::pair<py::list, std::string>> parts_;
 };
 
-// No Python code runs in here, so nothing in the lists and dictionaries can move meanwhile.
-bool holds(const py::list& facts, const py::dict& own) {
-  PyObject* const list = facts.ptr();
+// May run beside the thread that has Python's lock, as long as that one runs no Python code: then nothing in
+// the lists and dictionaries moves, and nothing in here needs the lock.
+bool holds(PyObject* list, const py::dict& own) {
   const Py_ssize_t n = PyList_GET_SIZE(list);
   const auto fact = [list](Py_ssize_t i) { return PyList_GET_ITEM(list, i); };
   for (Py_ssize_t i = 0; i < n;) {
@@ -109,6 +123,30 @@ bool holds(const py::list& facts, const py::dict& own) {
   return true;
 }
 
+bool same_objects(const Layouts* layouts, std::string_view chosen, const std::vector<py::list>& facts,
+                  const py::dict& own, int threads) {
+  const size_t parts = layouts == nullptr ? 0 : layouts->parts();
+  if (layouts != nullptr && chosen.size() != parts) {
+    throw std::invalid_argument("chosen: expected " + std::to_string(parts) + " parts, got " +
+                                std::to_string(chosen.size()));
+  }
+  std::atomic<bool> same{true};
+  spnet::cpu::parallel_for(
+      facts.size(), 1, threads,
+      [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end && same; ++i) {
+          if (!holds(facts[i].ptr(), own)) same = false;
+        }
+      },
+      // PyTorch is asked by the thread that has the lock.
+      [&] {
+        for (size_t part = 0; part < parts && same; ++part) {
+          if (chosen[part] && !layouts->unchanged(part)) same = false;
+        }
+      });
+  return same;
+}
+
 }  // namespace
 
 void bind_watch(py::module_& m) {
@@ -122,25 +160,21 @@ void bind_watch(py::module_& m) {
            py::arg("spans"), py::arg("n"), py::arg("parts"), py::arg("threads"),
            py::call_guard<py::gil_scoped_release>())
       .def(
-          "matches",
-          [](const cpu::Fingerprint& fingerprint, std::string_view chosen, const py::list& facts,
-             const py::dict& own, int threads) {
-            std::optional<py::gil_scoped_release> released;
-            return fingerprint.matches(chosen, threads, [&] {
-              const bool same = holds(facts, own);
-              released.emplace();
-              return same;
-            });
-          },
+          "matches", &cpu::Fingerprint::matches,
           "Whether every byte of the chosen parts (a bool of each, and their spans must still be there to be "
-          "read) is what it was, and every one of the facts: a flat list of a dictionary, its keys (strings) "
-          "and values by turns, the next dictionary and so on. Each must have the very same entries in the "
-          "same order, but any value will do for an Ellipsis. None in the place of the first dictionary "
-          "stands for own.",
-          py::arg("chosen"), py::arg("facts"), py::arg("own"), py::arg("threads"));
-  py::class_<Layouts>(m, "Layouts",
-                      "Address, device, dtype, shape and strides of every tensor in a list; exchange is the "
-                      "__dlpack_c_exchange_api__ of their class.")
-      .def(py::init<py::list, py::capsule>(), py::arg("tensors"), py::arg("exchange"))
-      .def("unchanged", &Layouts::unchanged);
+          "read) is what it was.",
+          py::arg("chosen"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  py::class_<Layouts>(
+      m, "Layouts",
+      "Address, device, dtype, shape and strides of the tensors of some parts, a list of each; "
+      "exchange is the __dlpack_c_exchange_api__ of their class.")
+      .def(py::init<const std::vector<py::list>&, const py::capsule&>(), py::arg("parts"),
+           py::arg("exchange"));
+  m.def("same_objects", &same_objects,
+        "Whether the layouts of the chosen parts (a bool of each; None: there are none) are what they were, "
+        "and "
+        "every one of the facts: lists of a dictionary, its keys (strings) and values by turns, the next "
+        "dictionary and so on. Each must have the very same entries in the same order, but any value will do "
+        "for an Ellipsis. None in the place of a list's first dictionary stands for own.",
+        py::arg("layouts"), py::arg("chosen"), py::arg("facts"), py::arg("own"), py::arg("threads"));
 }

@@ -27,7 +27,7 @@ def fingerprint(buffers: list[torch.Tensor], threads: int = 1, parts: list[int] 
 
 
 def matches(watch: core.Fingerprint, threads: int = 1, chosen: tuple[bool, ...] = (True,)) -> bool:
-    return watch.matches(bytes(chosen), [], {}, threads)
+    return watch.matches(bytes(chosen), threads)
 
 
 def random_bytes(n: int) -> torch.Tensor:
@@ -142,64 +142,83 @@ def test_impossible_spans():
         core.Fingerprint(0, -1, 1, 1)
     for chosen in (b"", b"\1\1"):
         with pytest.raises(ValueError, match=f"chosen: expected 1 parts, got {len(chosen)}"):
-            fingerprint([torch.zeros(8)]).matches(chosen, [], {}, 1)
+            fingerprint([torch.zeros(8)]).matches(chosen, 1)
     for span in ((0, 8, 0), (16, -1, 0), (0, 0, -1), (0, 0, 2)):
         table = torch.tensor([span])
         with pytest.raises(ValueError, match="spans: "):
             core.Fingerprint(table.data_ptr(), 1, 2, 1)
 
 
-def test_facts():
-    watch = fingerprint([])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_facts(threads):
+    def same(*lists: list) -> bool:
+        return core.same_objects(None, b"", list(lists), {}, threads)
+
     a, b, empty, value = {"x": (1, 2), "y": object()}, {"weight": object()}, {}, object()
-    facts = [a, "x", a["x"], "y", ..., empty, b, "weight", b["weight"]]
-    assert watch.matches(b"\1", facts, {}, 1)
-    assert watch.matches(b"\1", [], {}, 1)
+    facts = [a, "x", a["x"], "y", ..., empty], [b, "weight", b["weight"]]
+    assert same(*facts)
+    assert same([*facts[0], *facts[1]])
+    assert same([])
+    assert same()
     a["y"] = value
-    assert watch.matches(b"\1", facts, {}, 1)
+    assert same(*facts)
     for change, undo in [
-        (lambda: a.update(x=(1, 3)), lambda: a.update(x=facts[2])),
+        (lambda: a.update(x=(1, 3)), lambda: a.update(x=facts[0][2])),
         (lambda: a.update(z=1), lambda: a.pop("z")),
         (lambda: empty.update(z=1), empty.clear),
         (lambda: b.update(z=1), lambda: b.pop("z")),
-        (lambda: b.update(weight=None), lambda: b.update(weight=facts[-1])),
-        (b.clear, lambda: b.update(weight=facts[-1])),
+        (lambda: b.update(weight=None), lambda: b.update(weight=facts[1][-1])),
+        (b.clear, lambda: b.update(weight=facts[1][-1])),
         (lambda: a.update(x=a.pop("x")), lambda: a.update(y=a.pop("y"))),
         (lambda: a.pop("y"), lambda: a.update(y=value)),
     ]:
         change()
-        assert not watch.matches(b"\1", facts, {}, 1)
+        assert not same(*facts)
+        assert not same([*facts[0], *facts[1]])
         undo()
-        assert watch.matches(b"\1", facts, {}, 1)
-    for malformed in (["x"], [a, "x"], [1], [*facts, "x", 1], [*facts, "x"]):
-        assert not watch.matches(b"\1", malformed, {}, 1)
+        assert same(*facts)
+    for malformed in (["x"], [a, "x"], [1], [*facts[1], "x", 1], [*facts[1], "x"]):
+        assert not same(malformed)
 
 
 def test_own_facts():
     own = {"x": "1"}
-    facts = [None, "x", own["x"], {}]
-    watch = fingerprint([])
-    assert watch.matches(b"\1", facts, own, 1)
-    assert not watch.matches(b"\1", facts, {"x": "2"}, 1)
-    assert not watch.matches(b"\1", facts, {}, 1)
+    facts = [[None, "x", own["x"], {}], [{}]]
+    assert core.same_objects(None, b"", facts, own, 1)
+    assert not core.same_objects(None, b"", facts, {"x": "2"}, 1)
+    assert not core.same_objects(None, b"", facts, {}, 1)
 
 
-def test_layouts():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_layouts(threads):
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if exchange is None:
         pytest.skip("this PyTorch has no DLPack tables")
     x = torch.zeros(4, 6)
     y = torch.zeros(3, dtype=torch.bfloat16)
-    watch = core.Layouts([x, y], exchange)
+    watch = core.Layouts([[x], [], [y]], exchange)
+
+    def same(chosen: bytes = b"\1\1\1") -> bool:
+        return core.same_objects(watch, chosen, [[]] * 3, {}, threads)
+
     first = x.data
     x.fill_(1)
-    assert watch.unchanged()
+    assert same()
     for data in (first.t(), first.view(6, 4), first[1:], first.view(24), first.view(torch.int32), first.clone()):
         x.data = data
-        assert not watch.unchanged()
+        assert not same()
+        assert same(b"\0\1\1")
         x.data = first
-        assert watch.unchanged()
+        assert same()
+    without_memory = first.to_sparse()
+    torch.utils.swap_tensors(x, without_memory)
+    assert not same()
+    torch.utils.swap_tensors(x, without_memory)
+    assert same()
     y.data = y.data.view(torch.float16)
-    assert not watch.unchanged()
+    assert not same()
+    assert same(b"\1\1\0")
+    with pytest.raises(ValueError, match="chosen: expected 3 parts, got 2"):
+        same(b"\1\1")
     with pytest.raises(Exception, match=r"."):
-        core.Layouts([object()], exchange)
+        core.Layouts([[object()]], exchange)

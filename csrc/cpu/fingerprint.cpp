@@ -65,8 +65,7 @@ void Fingerprint::read(int64_t range, uint64_t* sums) const {
   }
 }
 
-bool Fingerprint::matches(std::string_view chosen, int threads,
-                          const std::function<bool()>& meanwhile) const {
+bool Fingerprint::matches(std::string_view chosen, int threads) const {
   if (chosen.size() != parts_) {
     throw std::invalid_argument("chosen: expected " + std::to_string(parts_) + " parts, got " +
                                 std::to_string(chosen.size()));
@@ -76,18 +75,15 @@ bool Fingerprint::matches(std::string_view chosen, int threads,
     if (chosen[spans_[ends_[range] - 1].part]) ranges.push_back(range);
   }
   std::atomic<bool> same{true};
-  const auto differ = [&] { same.store(false, std::memory_order_relaxed); };
   const auto compare = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
       const int64_t range = ranges[i];
       uint64_t sums[kMixWords] = {};
       read(range, sums);
-      if (std::memcmp(sums, &sums_[range * mix_.words], mix_.words * sizeof(uint64_t)) != 0) differ();
+      if (std::memcmp(sums, &sums_[range * mix_.words], mix_.words * sizeof(uint64_t)) != 0) same = false;
     }
   };
-  parallel_for(ranges.size(), 1, threads, compare, [&] {
-    if (!meanwhile()) differ();
-  });
+  parallel_for(ranges.size(), 1, threads, compare);
   return same.load(std::memory_order_relaxed);
 }
 

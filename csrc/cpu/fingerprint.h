@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <string_view>
 #include <vector>
 
@@ -24,11 +23,9 @@ class Fingerprint {
   // Throws std::invalid_argument for a null pointer, a negative size or a part out of [0, parts).
   Fingerprint(const Span* spans, int64_t n, int64_t parts, int threads);
 
-  // Whether every byte of the chosen parts, which must still be there to be read, is what it was, and
-  // meanwhile() is true: the caller begins with it, and where it is false little or nothing is read. It must
-  // not throw. A part is chosen where its char, of one for each, is not 0; another number of them throws
-  // std::invalid_argument.
-  bool matches(std::string_view chosen, int threads, const std::function<bool()>& meanwhile) const;
+  // Whether every byte of the chosen parts, which must still be there to be read, is what it was. A part is
+  // chosen where its char, of one for each, is not 0; another number of them throws std::invalid_argument.
+  bool matches(std::string_view chosen, int threads) const;
 
  private:
   void read(int64_t range, uint64_t* sums) const;

@@ -27,7 +27,8 @@ class _Watch:
 
     def __init__(self, model: SPNet):
         modules = list(model.modules())
-        self._facts = list(_facts(modules))
+        # In lists, of which each thread takes the next.
+        self._facts = [list(_facts(modules[i : i + 64], model)) for i in range(0, len(modules), 64)]
         blocks = {id(m): number for number, m in enumerate(routed_blocks(model).values())}
         # A quarter of the weights of a ResNet-50: no inference reads them.
         for_training = {id(m) for part in (*model.heads[:-1], *(model.align or ())) for m in part.modules()}
@@ -51,7 +52,9 @@ class _Watch:
         parts: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]
         for t, span in tensors.values():
             parts[spans.get(span, len(blocks))].append(t)
-        self._same_layouts = [_layouts_check(part) for part in parts]
+        exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+        self._layouts = None if exchange is None else core.Layouts(parts, exchange)
+        self._moved = _moved([t for t, _ in tensors.values()] if exchange is None else [])
         self._elsewhere = [t for t, span in tensors.values() if span is None]
         if any(t.is_inference() for t in self._elsewhere):
             raise LoweringError("weights made in inference mode have no version to compare with the plan's")
@@ -67,11 +70,13 @@ class _Watch:
         chosen = self._all
         if decisions is not None and decisions.device.type == "cpu":  # those on a device are not waited for
             chosen = decisions.any(0).numpy().tobytes() + b"\1"
+        threads = torch.get_num_threads()
         return (
-            # First: the bytes are safe to read only where the tensors still lie there.
-            all(same() for same, needed in zip(self._same_layouts, chosen, strict=True) if needed)
-            and [t._version for t in self._elsewhere] == self._versions
-            and self._fingerprint.matches(chosen, self._facts, vars(model), torch.get_num_threads())
+            [t._version for t in self._elsewhere] == self._versions
+            and not self._moved()
+            and core.same_objects(self._layouts, chosen, self._facts, vars(model), threads)
+            # Last: the bytes are safe to read only where the tensors still lie there.
+            and self._fingerprint.matches(chosen, threads)
         )
 
 
@@ -83,8 +88,8 @@ def _readers(module: nn.Module, blocks: dict[int, int], part: int) -> Iterator[t
             yield from _readers(child, blocks, blocks[id(module)] if name == "body" and id(module) in blocks else part)
 
 
-def _facts(modules: list[nn.Module]) -> Iterator:
-    """The entries of the modules' dictionaries, as ``core.Fingerprint.matches`` compares them.
+def _facts(modules: list[nn.Module], model: nn.Module) -> Iterator:
+    """The entries of the modules' dictionaries, as ``core.same_objects`` compares them.
 
     Held by the watch and so never mistaken for others that were given their addresses. But what might lead back to
     the model is not held, or it would live on in the cache: its own dictionary, and attributes that lowering would
@@ -92,7 +97,7 @@ def _facts(modules: list[nn.Module]) -> Iterator:
     """
     for m in modules:
         attributes = vars(m)
-        yield None if m is modules[0] else attributes
+        yield None if m is model else attributes
         for name, value in attributes.items():
             yield from (name, value if name in _PARTS or name in _HOOKS or _is_plain(value) else ...)
         for name in _PARTS:
@@ -112,17 +117,14 @@ def _is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def _layouts_check(tensors: list[Tensor]) -> Callable[[], bool]:
-    """Tells whether the tensors still lie in memory where and how they do now."""
-    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if exchange is not None:
-        return core.Layouts(tensors, exchange).unchanged
+def _moved(tensors: list[Tensor]) -> Callable[[], bool]:
+    """Tells whether tensors lie otherwise than now, where PyTorch is older than the part of DLPack that does."""
 
-    def layouts() -> list[tuple]:  # PyTorch older than this part of DLPack
+    def layouts() -> list[tuple]:
         return [(t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for t in tensors]
 
     before = layouts()
-    return lambda: layouts() == before
+    return lambda: layouts() != before
 
 
 _kept: WeakKeyDictionary[nn.Module, tuple[_Watch, Plan]] = WeakKeyDictionary()
