@@ -101,6 +101,12 @@ def _check_paths(paths: Tensor, batch: int, blocks: int, device: torch.device) -
         raise ValueError(f"paths: expected device {device} (the input's), got {paths.device}")
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides the blocks from the executions
+
+
 def _check_impl(impl: str) -> None:
     known = ("auto", *IMPLEMENTATIONS)
     if impl not in known:
@@ -140,12 +146,12 @@ def fast_forward(
         ValueError: a model in training mode, without RoutedBlocks, or with compiled parts around them; x of another
             shape, dtype or device than the model's, or requiring grad; paths of another shape; a threshold that is NaN;
             an unknown impl, or one that does not fit.
-        TypeError: x is no tensor.
+        TypeError: model is no module, or x no tensor.
     """
     _check_impl(impl)
     if math.isnan(threshold):
         raise ValueError("threshold: expected a number, got NaN")
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides the blocks from the executions
+    model = _unwrapped(model)
     found = _by_plan(model, x, impl, paths, threshold)
     if found is not None:
         plan, logits, decisions = found
@@ -191,7 +197,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
 
     Args and errors as in :func:`fast_forward`.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = _unwrapped(model)
     scan = _scan(model)
     _check_input(model, scan.weight, x)
     choices: tuple[str, ...] = ("routed",) * len(scan.blocks)

@@ -53,6 +53,9 @@ def test_bad_input(network, x, message, impl):
 def test_input_that_is_no_tensor(network):
     with pytest.raises(TypeError, match="x: expected a Tensor, got list"):
         spnet.fast_forward(network, [[1.0]])
+    for function in (spnet.fast_forward, spnet.explain):
+        with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got NoneType"):
+            function(None, torch.zeros(1, 3, 32, 32))
 
 
 def test_input_on_another_device_than_the_model(network):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -17,22 +20,37 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file wholly or not at all, flushed to the disk.
+    """Write a file wholly or not at all, flushed to the disk; of several writers at once, the last one's stays.
 
     Raises:
         OSError: it cannot be written (a full disk, say); what was there before stays.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
+        with _open_alone(partial) as f:
+            try:
+                f.truncate(0)
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
     except OSError as e:
         raise OSError(f"{path}: not written, what was there before stays ({e})") from e
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """Open a file, leftover of a kill or new, that no other writer has open until it is closed."""
+    while True:
+        f = open(path, "ab")
+        fcntl.flock(f, fcntl.LOCK_EX)
+        # Whom this one waited for has moved its file to where it belongs.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(f.fileno()), path.stat()):
+                return f
+        f.close()
 
 
 def save_model(model: SPNet, folder: str | Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -100,6 +101,19 @@ def test_write_whole_over_the_leftover_of_a_kill(tmp_path):
     write_whole(tmp_path / "x", b"now")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_bytes() == b"now"
+
+
+def test_several_writers_at_once(tmp_path):
+    texts = [bytes([65 + i]) * (10_000 * (i + 1)) for i in range(4)]
+
+    def write(text: bytes) -> None:
+        for _ in range(25):
+            write_whole(tmp_path / "x", text)
+            assert (tmp_path / "x").read_bytes() in texts
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(write, texts))
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_missing(tmp_path, folder):
