@@ -54,7 +54,7 @@ class _Watch:
             parts[spans.get(span, len(blocks))].append(t)
         exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
         self._layouts = None if exchange is None else core.Layouts(parts, exchange)
-        self._moved = _moved([t for t, _ in tensors.values()] if exchange is None else [])
+        self._moved = [_moved(part) for part in parts] if exchange is None else []
         self._elsewhere = [t for t, span in tensors.values() if span is None]
         if any(t.is_inference() for t in self._elsewhere):
             raise LoweringError("weights made in inference mode have no version to compare with the plan's")
@@ -73,7 +73,7 @@ class _Watch:
         threads = torch.get_num_threads()
         return (
             [t._version for t in self._elsewhere] == self._versions
-            and not self._moved()
+            and not any(moved() for moved, needed in zip(self._moved, chosen, strict=False) if needed)
             and core.same_objects(self._layouts, chosen, self._facts, vars(model), threads)
             # Last: the bytes are safe to read only where the tensors still lie there.
             and self._fingerprint.matches(chosen, threads)
