@@ -104,27 +104,75 @@ class Layouts {
   std::vector<std::pair<py::list, std::string>> parts_;
 };
 
-// May run beside the thread that has Python's lock, as long as that one runs no Python code: then nothing in
-// the lists and dictionaries moves, and nothing in here needs the lock.
-bool holds(PyObject* list, const py::dict& own) {
-  const Py_ssize_t n = PyList_GET_SIZE(list);
-  const auto fact = [list](Py_ssize_t i) { return PyList_GET_ITEM(list, i); };
-  for (Py_ssize_t i = 0; i < n;) {
-    PyObject* const dict = fact(i) == Py_None ? own.ptr() : fact(i);
-    ++i;
-    if (!PyDict_Check(dict)) return false;
-    PyObject *key = nullptr, *value = nullptr;
-    for (Py_ssize_t place = 0; PyDict_Next(dict, &place, &key, &value); i += 2) {
-      if (i + 1 >= n || fact(i) != key) return false;
-      if (fact(i + 1) != value && fact(i + 1) != Py_Ellipsis) return false;
-    }
-    if (i < n && !PyDict_Check(fact(i))) return false;
-  }
-  return true;
+// A number that no dictionary has had before, new at every change; 0 where Python does not tell.
+uint64_t version(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030D0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  return 0;
+#endif
 }
 
-bool same_objects(const Layouts* layouts, std::string_view chosen, const std::vector<py::list>& facts,
-                  const py::dict& own, int threads) {
+// Dictionaries and what they are to hold.
+class Facts {
+ public:
+  explicit Facts(const std::vector<py::list>& lists) {
+    for (const py::list& list : lists) {
+      std::vector<Dictionary> dictionaries;
+      const auto n = static_cast<Py_ssize_t>(list.size());
+      for (Py_ssize_t i = 0; i < n;) {
+        const bool is_own = i == 0 && list[i].is_none();
+        Dictionary each{is_own ? nullptr : list[i].ptr(), i + 1, i + 1};
+        while (each.end + 1 < n && py::isinstance<py::str>(list[each.end])) each.end += 2;
+        if ((!is_own && !PyDict_Check(each.object)) ||
+            (each.end < n && !PyDict_Check(list[each.end].ptr()))) {
+          throw std::invalid_argument("facts: expected dictionaries, each before its keys and values");
+        }
+        dictionaries.push_back(each);
+        i = each.end;
+      }
+      lists_.push_back({list, std::move(dictionaries)});
+    }
+  }
+
+  int64_t lists() const { return lists_.size(); }
+
+  // May run beside the thread that has Python's lock, as long as that one runs no Python code: then nothing
+  // in the lists and dictionaries moves, and nothing in here needs the lock.
+  bool hold(int64_t number, const py::dict& own) {
+    auto& [list, dictionaries] = lists_[number];
+    for (Dictionary& each : dictionaries) {
+      PyObject* const dict = each.object == nullptr ? own.ptr() : each.object;
+      const uint64_t now = version(dict);
+      if (now != 0 && now == each.version) continue;
+      PyObject *key = nullptr, *value = nullptr;
+      Py_ssize_t i = each.begin;
+      for (Py_ssize_t place = 0; PyDict_Next(dict, &place, &key, &value); i += 2) {
+        if (i == each.end || PyList_GET_ITEM(list.ptr(), i) != key) return false;
+        PyObject* const fact = PyList_GET_ITEM(list.ptr(), i + 1);
+        if (fact != value && fact != Py_Ellipsis) return false;
+      }
+      if (i != each.end) return false;
+      each.version = now;
+    }
+    return true;
+  }
+
+ private:
+  struct Dictionary {
+    PyObject* object;       // null: the own one
+    Py_ssize_t begin, end;  // of its keys and values in the list
+    uint64_t version = 0;   // at which it held them
+  };
+
+  std::vector<std::pair<py::list, std::vector<Dictionary>>> lists_;
+};
+
+bool same_objects(const Layouts* layouts, std::string_view chosen, Facts& facts, const py::dict& own,
+                  int threads) {
   const size_t parts = layouts == nullptr ? 0 : layouts->parts();
   if (layouts != nullptr && chosen.size() != parts) {
     throw std::invalid_argument("chosen: expected " + std::to_string(parts) + " parts, got " +
@@ -132,10 +180,10 @@ bool same_objects(const Layouts* layouts, std::string_view chosen, const std::ve
   }
   std::atomic<bool> same{true};
   spnet::cpu::parallel_for(
-      facts.size(), 1, threads,
+      facts.lists(), 1, threads,
       [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end && same; ++i) {
-          if (!holds(facts[i].ptr(), own)) same = false;
+          if (!facts.hold(i, own)) same = false;
         }
       },
       // PyTorch is asked by the thread that has the lock.
@@ -170,11 +218,16 @@ void bind_watch(py::module_& m) {
       "exchange is the __dlpack_c_exchange_api__ of their class.")
       .def(py::init<const std::vector<py::list>&, const py::capsule&>(), py::arg("parts"),
            py::arg("exchange"));
+  py::class_<Facts>(m, "Facts",
+                    "What dictionaries are to hold: lists of a dictionary, its keys (strings) and values by "
+                    "turns, the next "
+                    "dictionary and so on. Any value will do for an Ellipsis; None in the place of a list's "
+                    "first dictionary "
+                    "stands for one that is named later.")
+      .def(py::init<const std::vector<py::list>&>(), py::arg("lists"));
   m.def("same_objects", &same_objects,
         "Whether the layouts of the chosen parts (a bool of each; None: there are none) are what they were, "
-        "and "
-        "every one of the facts: lists of a dictionary, its keys (strings) and values by turns, the next "
-        "dictionary and so on. Each must have the very same entries in the same order, but any value will do "
-        "for an Ellipsis. None in the place of a list's first dictionary stands for own.",
+        "and all dictionaries have the very same entries in the same order. own: the one of which the facts "
+        "have None.",
         py::arg("layouts"), py::arg("chosen"), py::arg("facts"), py::arg("own"), py::arg("threads"));
 }

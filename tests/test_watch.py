@@ -151,42 +151,61 @@ def test_impossible_spans():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_facts(threads):
-    def same(*lists: list) -> bool:
-        return core.same_objects(None, b"", list(lists), {}, threads)
-
     a, b, empty, value = {"x": (1, 2), "y": object()}, {"weight": object()}, {}, object()
-    facts = [a, "x", a["x"], "y", ..., empty], [b, "weight", b["weight"]]
-    assert same(*facts)
-    assert same([*facts[0], *facts[1]])
-    assert same([])
+    first, second = [a, "x", a["x"], "y", ..., empty], [b, "weight", b["weight"]]
+    all_facts = [core.Facts([first, second]), core.Facts([[*first, *second]])]
+
+    def same() -> bool:
+        (answer,) = {core.same_objects(None, b"", facts, {}, threads) for facts in all_facts}
+        return answer
+
     assert same()
     a["y"] = value
-    assert same(*facts)
+    assert same()
     for change, undo in [
-        (lambda: a.update(x=(1, 3)), lambda: a.update(x=facts[0][2])),
+        (lambda: a.update(x=(1, 3)), lambda: a.update(x=first[2])),
         (lambda: a.update(z=1), lambda: a.pop("z")),
         (lambda: empty.update(z=1), empty.clear),
         (lambda: b.update(z=1), lambda: b.pop("z")),
-        (lambda: b.update(weight=None), lambda: b.update(weight=facts[1][-1])),
-        (b.clear, lambda: b.update(weight=facts[1][-1])),
+        (lambda: b.update(weight=None), lambda: b.update(weight=second[-1])),
+        (b.clear, lambda: b.update(weight=second[-1])),
         (lambda: a.update(x=a.pop("x")), lambda: a.update(y=a.pop("y"))),
         (lambda: a.pop("y"), lambda: a.update(y=value)),
     ]:
+        assert same()
         change()
-        assert not same(*facts)
-        assert not same([*facts[0], *facts[1]])
+        assert not same()
+        assert not same()
         undo()
-        assert same(*facts)
-    for malformed in (["x"], [a, "x"], [1], [*facts[1], "x", 1], [*facts[1], "x"]):
-        assert not same(malformed)
+        assert same()
+
+
+def test_facts_that_are_old_news():
+    """What changes before the first comparison is a change."""
+    a = {"x": 1}
+    facts = core.Facts([[a, "x", a["x"]]])
+    a["x"] = 2
+    assert not core.same_objects(None, b"", facts, {}, 1)
+
+
+def test_no_facts():
+    for lists in ([], [[]], [[{}]]):
+        assert core.same_objects(None, b"", core.Facts(lists), {}, 1)
+
+
+@pytest.mark.parametrize("malformed", [["x"], [{}, "x"], [1], [{}, 1], [{}, "x", 1, "y"], [{}, "x", 1, 2], [{}, None]])
+def test_malformed_facts(malformed):
+    with pytest.raises(ValueError, match="facts: expected dictionaries"):
+        core.Facts([malformed])
 
 
 def test_own_facts():
     own = {"x": "1"}
-    facts = [[None, "x", own["x"], {}], [{}]]
-    assert core.same_objects(None, b"", facts, own, 1)
-    assert not core.same_objects(None, b"", facts, {"x": "2"}, 1)
-    assert not core.same_objects(None, b"", facts, {}, 1)
+    facts = core.Facts([[None, "x", own["x"], {}], [{}]])
+    for _ in range(2):
+        assert core.same_objects(None, b"", facts, own, 1)
+        assert not core.same_objects(None, b"", facts, {"x": "2"}, 1)
+        assert not core.same_objects(None, b"", facts, {}, 1)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -199,7 +218,7 @@ def test_layouts(threads):
     watch = core.Layouts([[x], [], [y]], exchange)
 
     def same(chosen: bytes = b"\1\1\1") -> bool:
-        return core.same_objects(watch, chosen, [[]] * 3, {}, threads)
+        return core.same_objects(watch, chosen, core.Facts([[]] * 3), {}, threads)
 
     first = x.data
     x.fill_(1)

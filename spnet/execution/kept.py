@@ -28,7 +28,7 @@ class _Watch:
     def __init__(self, model: SPNet):
         modules = list(model.modules())
         # In lists, of which each thread takes the next.
-        self._facts = [list(_facts(modules[i : i + 64], model)) for i in range(0, len(modules), 64)]
+        self._facts = core.Facts([list(_facts(modules[i : i + 64], model)) for i in range(0, len(modules), 64)])
         blocks = {id(m): number for number, m in enumerate(routed_blocks(model).values())}
         # A quarter of the weights of a ResNet-50: no inference reads them.
         for_training = {id(m) for part in (*model.heads[:-1], *(model.align or ())) for m in part.modules()}
@@ -89,7 +89,7 @@ def _readers(module: nn.Module, blocks: dict[int, int], part: int) -> Iterator[t
 
 
 def _facts(modules: list[nn.Module], model: nn.Module) -> Iterator:
-    """The entries of the modules' dictionaries, as ``core.same_objects`` compares them.
+    """The entries of the modules' dictionaries, as ``core.Facts`` takes them.
 
     Held by the watch and so never mistaken for others that were given their addresses. But what might lead back to
     the model is not held, or it would live on in the cache: its own dictionary, and attributes that lowering would
