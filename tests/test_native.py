@@ -446,6 +446,27 @@ def test_row_tiles_cover_the_rows(row_elems):
     assert set(seen) == {1}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(core.cuda_architectures is None, reason="built without CUDA kernels")
+@pytest.mark.parametrize("kind", ["all", "none", "half"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_on_a_gpu(shape, dtype, kind):
+    decisions = selection(shape[0], kind)
+    index = ops._compact_cuda(decisions.cuda())
+    chosen = reference.compact(decisions)
+    assert torch.equal(index.cpu(), chosen)
+    src = random_bits((len(chosen), *shape[1:]), dtype, seed=1)
+    for name, x in layouts(random_bits(shape, dtype)):
+        rows = ops._gather_rows_cuda(x.cuda(), index)
+        assert torch.equal(bits(rows.cpu()), bits(reference.gather_rows(x, chosen))), name
+        for relu in (False, True):
+            actual, expected = x.cuda(), x.clone()
+            ops._scatter_add_rows_cuda(actual, index, src.cuda(), relu)
+            reference.scatter_add_rows_(expected, chosen, src, relu)
+            assert_same_numbers(actual.cpu(), expected)
+
+
 @pytest.mark.skipif(core.cuda_architectures is None, reason="built without CUDA kernels")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_without_a_device_raises():

@@ -13,8 +13,6 @@ from spnet.preprocessing import normalise
 from spnet.training.loaders import Loader
 from tests.images import random_set
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
 MEAN, STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
 
 
@@ -127,7 +125,7 @@ def test_preprocess_goes_to_the_models_device(model):
     assert x.shape == (2, model.in_channels, 32, 32)
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_preprocess_goes_to_the_gpu(model):
     images = random_images(2, 28, 28, model.in_channels)
     expected = spnet.preprocess(model, images)

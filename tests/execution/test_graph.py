@@ -470,18 +470,19 @@ def test_a_plan_moves_between_devices(device, tmp_path):
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_closed_unless_asked_for(monkeypatch, dtype):
-    monkeypatch.delenv(EXPERIMENTAL, raising=False)
+    for variable in EXPERIMENTAL.values():
+        monkeypatch.delenv(variable, raising=False)
     model = _network("basic", torch.device("cuda")).to(dtype)
     x = _input(model, 2)
     assert spnet.explain(model, x).impl == "routed"
     spnet.fast_forward(model, x)
-    with pytest.raises(ValueError, match=f"impl: 'batch' does not fit this model: .*{EXPERIMENTAL}=1"):
+    with pytest.raises(ValueError, match=f"impl: 'batch' does not fit this model: .*{EXPERIMENTAL['batch']}=1"):
         spnet.fast_forward(model, x, impl="batch")
 
 
 @gpu
 def test_tf32_is_multiplied_where_cudnn_may(monkeypatch):
-    monkeypatch.setenv(EXPERIMENTAL, "1")
+    monkeypatch.setenv(EXPERIMENTAL["batch"], "1")
     model = _network("bottleneck", torch.device("cuda"))
     x, paths = _input(model, 5), _paths(model, 5, 0.5)
     truth = spnet.fast_forward(copy.deepcopy(model).double(), x.double(), impl="masked", paths=paths)

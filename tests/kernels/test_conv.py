@@ -83,7 +83,7 @@ class Case:
         found = self.out[self.written].double()
         assert not found.isnan().any()
         assert ((found - self.expected).abs() <= self.tolerance).all()
-        untouched = torch.ones(len(self.out), dtype=torch.bool)
+        untouched = torch.ones(len(self.out), dtype=torch.bool, device=self.out.device)
         untouched[self.written] = False
         assert self.out[untouched].isnan().all()
         assert_guards(self.out)

@@ -37,7 +37,7 @@ def test_pool(dtype, shape, count, by_kernel, device):
     expected = x[changed].double().sum((1, 2))
     tolerance = shape[0] * shape[1] * EPS * x[changed].double().abs().sum((1, 2))
     assert ((sums[changed].sum(1).double() - expected).abs() <= tolerance).all()
-    unchanged = torch.ones(5, dtype=torch.bool)
+    unchanged = torch.ones(5, dtype=torch.bool, device=device)
     unchanged[changed] = False
     assert sums[unchanged].isnan().all()
 

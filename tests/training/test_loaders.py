@@ -16,8 +16,6 @@ from spnet.training.datasets import ImageSet
 from spnet.training.loaders import FolderLoader, Loader, random_crop_flip
 from tests.images import batches_equal, random_set
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("n", [0, 1, 7])
@@ -168,7 +166,7 @@ def test_augmentation_is_cheap():
     assert min(times) < 0.010
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_cuda_loader_sees_the_same_batches():
     s = random_set(n=35, side=28)
     for train in (True, False):
