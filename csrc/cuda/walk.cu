@@ -55,6 +55,8 @@ class DeviceArray {
   }
   explicit DeviceArray(const std::vector<T>& from) : DeviceArray(from.size()) {
     check(cudaMemcpy(data_, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+    // From pageable memory it returns with the last piece on its way, and other streams do not wait for that.
+    check(cudaStreamSynchronize(cudaStreamLegacy), "cudaMemcpy");
   }
   DeviceArray(DeviceArray&& other) : data_(std::exchange(other.data_, nullptr)) {}
   ~DeviceArray() { cudaFree(data_); }
