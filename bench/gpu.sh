@@ -49,6 +49,6 @@ step memcheck 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   tests/kernels/test_conv.py::test_kernel tests/kernels/test_stem.py::test_stem tests/kernels/test_pool_route.py::test_pool
 step racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 1 "${ours[@]}" "$python" -m pytest "$walk" \
   'tests/execution/test_graph.py::test_forced_paths[cuda-bottleneck]'
-step tune 60 "$python" -m spnet.kernels.tune --network resnet50 --dtype float16 --batch 32
+step tune 550 "$python" -m spnet.kernels.tune --network resnet50 --dtype float16 --batch 32
 cp kernels/tiles/*.json "$out" 2>/dev/null
 exit $failed

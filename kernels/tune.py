@@ -1,15 +1,23 @@
-"""Measure tiles on this GPU and write its architecture's table: ``python -m spnet.kernels.tune``."""
+"""Measure tiles on this GPU and write its architecture's table: ``python -m spnet.kernels.tune``.
+
+What is measured is written at once, and a shape that the table has is passed over: a run that was stopped goes on.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from itertools import product
+from pathlib import Path
 
 import click
 import torch
 import triton
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from spnet.kernels import tiling, workload
 from spnet.kernels.library import Launch
@@ -29,13 +37,24 @@ def candidates(shape: Shape) -> list[Tile]:
     return list(dict.fromkeys(found))
 
 
+def compile_all(launches: Iterable[Launch]) -> None:
+    """Compile their kernels on all cores. What does not compile is left to the launch, which says so."""
+
+    def compile_one(launch: Launch) -> None:
+        with suppress(TritonError):
+            launch.kernel.warmup(**launch.arguments, **launch.options, grid=(launch.programs,))
+
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        list(executor.map(compile_one, launches))
+
+
 def microseconds(launch: Launch) -> float:
     """Median time of a launch from a captured graph; infinite where the GPU has no room for the kernel."""
     try:
         launch.run()
-    except OutOfResources:
+    except TritonError:
         return float("inf")
-    return 1e3 * triton.testing.do_bench_cudagraph(launch.run, return_mode="median")
+    return 1e3 * triton.testing.do_bench_cudagraph(launch.run, rep=3, return_mode="median")
 
 
 def tune(
@@ -44,24 +63,44 @@ def tune(
     batches: Iterable[int],
     architecture: str,
     device: torch.device,
+    known: Container[str] = (),
+    prepare: Callable[[Iterable[Launch]], None] = compile_all,
     time: Callable[[Launch], float] = microseconds,
-) -> dict[str, dict]:
+) -> Iterator[tuple[str, dict]]:
     """Entries of a table: for each distinct shape the fastest tile, with its time and that of the rule's tile.
 
     Args:
         convolutions: of :func:`spnet.kernels.workload.convolutions`.
+        known: keys of shapes to pass over.
+        prepare: called with the launches of a shape, on the meta device.
         time: called with a launch, in any unit.
     """
-    found: dict[str, dict] = {}
+    seen: set[str] = set()
     for conv, dtype, batch in product(convolutions, dtypes, batches):
         shape = conv.shape(dtype, batch)
-        if shape.key not in found:
-            default = tiling.rule(architecture, shape)
-            tiles = dict.fromkeys([default, *candidates(shape)])
-            times = {tile: time(conv.launch(dtype, batch, tile, device)) for tile in tiles}
-            best = min(times, key=times.get)
-            found[shape.key] = dict(tile=list(best), microseconds=times[best], by_rule=times[default])
-    return found
+        if shape.key in seen or shape.key in known:
+            continue
+        seen.add(shape.key)
+        default = tiling.rule(architecture, shape)
+        tiles = dict.fromkeys([default, *candidates(shape)])
+        prepare(conv.launch(dtype, batch, tile, torch.device("meta")) for tile in tiles)
+        times = {tile: time(conv.launch(dtype, batch, tile, device)) for tile in tiles}
+        best = min(times, key=times.get)
+        yield shape.key, dict(tile=list(best), microseconds=times[best], by_rule=times[default])
+
+
+def fill(path: Path, versions: dict[str, str], entries: Callable[[Container[str]], Iterable[tuple[str, dict]]]) -> int:
+    """Add entries to the table at ``path``, each as it comes; returns how many there are.
+
+    Args:
+        entries: called with the keys that the table has.
+    """
+    tiles = json.loads(path.read_text())["tiles"] if path.exists() else {}
+    path.parent.mkdir(exist_ok=True)
+    for key, entry in entries(set(tiles)):
+        tiles[key] = entry
+        path.write_text(json.dumps({**versions, "tiles": dict(sorted(tiles.items()))}, indent=1) + "\n")
+    return len(tiles)
 
 
 @click.command(help=__doc__)
@@ -74,13 +113,10 @@ def main(networks: tuple[str, ...], dtypes: tuple[str, ...], batches: tuple[int,
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = tiling.architecture(device)
     path = tiling.TABLES / f"{architecture}.json"
-    tiles = json.loads(path.read_text())["tiles"] if path.exists() else {}
-    for network in networks:
-        tiles |= tune(workload.convolutions(network), dtypes, batches, architecture, device)
+    convolutions = dict.fromkeys(conv for network in networks for conv in workload.convolutions(network))
     versions = dict(device=torch.cuda.get_device_name(device), torch=torch.__version__, triton=triton.__version__)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**versions, "tiles": dict(sorted(tiles.items()))}, indent=1) + "\n")
-    print(f"{path}: {len(tiles)} tiles")
+    count = fill(path, versions, partial(tune, convolutions, dtypes, batches, architecture, device))
+    print(f"{path}: {count} tiles")
 
 
 if __name__ == "__main__":

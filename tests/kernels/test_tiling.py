@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_the_tuner_takes_the_fastest_tile_of_each_shape():
         return 100 - launch.arguments["BLOCK_M"] / 2 - launch.stages
 
     convolutions = workload.convolutions("resnet18")[:3]  # the stem and two of one shape
-    table = tune.tune(convolutions, ["float16"], [8], "sm_90", META, time)
+    table = dict(tune.tune(convolutions, ["float16"], [8], "sm_90", META, (), list, time))
     assert list(table) == ["float16-7-32-64-131072", "float16-3-64-64-32768"]
     for key, entry in table.items():
         tile = Tile(*entry["tile"])
@@ -70,6 +71,29 @@ def test_the_tuner_takes_the_fastest_tile_of_each_shape():
         default = tiling.rule("sm_90", conv.shape("float16", 8))
         assert entry["by_rule"] == 100 - default.block_m / 2 - default.stages
     assert len(asked) < 200
+
+
+def test_a_tuner_that_was_stopped_goes_on(tmp_path):
+    path, convolutions = tmp_path / "tiles" / "sm_90.json", workload.convolutions("resnet50")[:4]
+    asked = []
+
+    def time(launch):
+        asked.append(tuple(launch.arguments[name] for name in ("KERNEL_H", "CIN", "COUT")))
+        if len(set(asked)) == 3:
+            raise KeyboardInterrupt
+        return 1.0
+
+    entries = partial(tune.tune, convolutions, ["float16"], [8], "sm_90", META, prepare=list, time=time)
+    with pytest.raises(KeyboardInterrupt):
+        tune.fill(path, {"device": "a GPU"}, entries)
+    before = json.loads(path.read_text())["tiles"]
+    assert len(before) == 2
+    asked.clear()
+    assert tune.fill(path, {"device": "a GPU"}, entries) == 4
+    assert len(set(asked)) == 2
+    table = json.loads(path.read_text())
+    assert table["device"] == "a GPU"
+    assert before.items() <= table["tiles"].items()
 
 
 def test_the_tuner_needs_a_gpu():
