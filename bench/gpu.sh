@@ -33,9 +33,9 @@ step native 60 "$python" -m pytest -m gpu "${parallel[@]}" tests/test_cuda_walk.
 step kernels 90 "$python" -m pytest "${parallel[@]}" tests/kernels
 step tests 120 "$python" -m pytest -m gpu "${parallel[@]}" tests \
   --ignore=tests/test_cuda_walk.py --ignore=tests/test_native.py
-# Eager rivals only: to compile the others takes longer than all of this. `spnet bench --full` has them.
+# Without the compiled rivals, which take longer than all of this: `spnet bench --full` has them.
 step bench 150 "$python" -m pytest bench/bench_forward.py --full --benchmark-only \
-  --benchmark-json="$out/benchmark.json" --rivals=eager,channels_last,routed,naive \
+  --benchmark-json="$out/benchmark.json" --rivals="eager,channels_last,CUDA graph,routed,naive" \
   -k "test_forward and float16 and not bfloat16 and executed50 and (resnet50 or resnet110)"
 step table 30 "$python" -c "from spnet.analysis import benchmarks as b
 b.write(b.collect('$out/benchmark.json', 'bench/gpu.sh'), '$out', 'gpu')"

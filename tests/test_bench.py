@@ -1,11 +1,15 @@
 """A benchmark that timed wrong answers would be worth nothing: every cell checks its rivals first."""
 
 import sys
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+import spnet
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -30,3 +34,24 @@ def test_a_wrong_rival_fails_its_cell(bench_forward, monkeypatch, kind, dtype):
     config = SimpleNamespace(getoption=lambda option: None)
     with pytest.raises(AssertionError, match="^wrong: logits are off by"):
         bench_forward.test_forward(None, None, (name, dtype, 2, executed), config)
+
+
+def test_a_rival_in_a_graph_keeps_what_the_graph_reads(bench_forward, monkeypatch):
+    import competitors
+
+    read = []
+
+    def forward(self, *inputs):
+        read.extend(map(weakref.ref, inputs))
+        return inputs[0].mean((2, 3))
+
+    monkeypatch.setattr(competitors.FoldedNetwork, "forward", forward)
+    monkeypatch.setattr(competitors, "_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    bind = competitors._cuda_graph(spnet.create_model("resnet20_cifar").eval(), 2, torch.float16, True)
+    call = bind(torch.randn(2, 3, 32, 32), torch.ones(2, 9, dtype=torch.bool))
+    assert len(read) == 4
+    assert all(tensor() is not None for tensor in read)
+    del call
