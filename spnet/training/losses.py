@@ -61,18 +61,16 @@ def activation_loss(
 
     Source: ConvNet-AIG (ECCV 2018), section 3.3, with SP-Net's hinge.
     """
-    counted = target_rates < 1
-    if not counted.any():
-        return decisions.new_zeros((), dtype=torch.float32)
+    counted = (target_rates < 1).float()  # a factor: as an index, the host would wait for the device
     part = decisions.float().mean(0)
     if rates is not None:
         # With rate = mean over N parts of part_i: d f(rate) = f'(rate) * (1/N) sum_i d part_i. So every part gives
         # f'(rate) * d part_i, and the mean over the parts, which is taken anyway, does the rest: no communication.
         part = part + (rates - part).detach()
-    excess = (part - target_rates)[counted]
+    excess = (part - target_rates) * counted
     if hinge:
         excess = excess.clamp(min=0)
-    return excess.square().mean()
+    return excess.square().sum() / counted.sum().clamp(min=1)
 
 
 def executing_path_loss(router_logits: Tensor, auxiliary_router_logits: Tensor) -> Tensor:
@@ -203,7 +201,8 @@ class SPNetLoss:
         if weights["act"] and blocks:
             if len(self.target_rates) not in (1, blocks):
                 raise ValueError(f"target_rates: expected 1 or {blocks} rates, got {len(self.target_rates)}")
-            targets = self.target_rates.to(output.decisions.device).expand(blocks)
+            self.target_rates = self.target_rates.to(output.decisions.device)  # once: it would wait for the device
+            targets = self.target_rates.expand(blocks)
             terms["act"] = activation_loss(output.decisions, targets, self.hinge, rates)
         if self.needs_auxiliary and blocks:
             if auxiliary is None:

@@ -349,3 +349,23 @@ def test_static_network_has_only_the_classification_loss():
     total, terms = SPNetLoss(0.5)(model(torch.randn(2, 1, 32, 32)), torch.tensor([0, 3]))
     assert list(terms) == ["cls"]
     assert total == terms["cls"]
+
+
+@pytest.mark.parametrize("form", ["within", "across"])
+@pytest.mark.parametrize("hinge", [False, True])
+def test_the_device_is_asked_for_nothing(form, hinge):
+    """Which a GPU would have to answer before the step goes on, and a tensor without numbers cannot."""
+
+    def new(*shape):
+        return torch.randn(shape, device="meta", requires_grad=True)
+
+    network, auxiliary = (
+        SPNetOutput((new(4, 5), new(4, 5)), new(4, 6, 2), new(4, 6), (new(4, 3, 8),) * 2, (new(4, 8),) * 3)
+        for _ in range(2)
+    )
+    loss = SPNetLoss(
+        [0.5, 1.0, 0.5, 0.5, 0.5, 1.0], stage_weights=(0.5, 1.0), evolution=1.0, evolution_form=form, hinge=hinge
+    )
+    total, terms = loss(network, torch.zeros(4, dtype=torch.int64, device="meta"), auxiliary)
+    assert terms.keys() == {"cls", "act", "path", "logits", "evo"}
+    total.backward()
