@@ -10,6 +10,8 @@ out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 export SPNET_EXPERIMENTAL_CUDA=1 SPNET_EXPERIMENTAL_CUDA_BATCH=1 SPNET_EXPERIMENTAL_CUDA_WALK=1
+# No interrupt reaches Python while it waits for a kernel that never ends: the stacks say before who does.
+export PYTHONUNBUFFERED=1 PYTEST_ADDOPTS="-vv --durations=10 -o faulthandler_timeout=45"
 : >"$out/summary.txt"
 failed=0
 
