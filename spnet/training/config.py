@@ -15,7 +15,7 @@ class TrainConfig:
     """Settings of a training run; the defaults are the CIFAR recipe of SP-Net (ECCV 2022).
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value of another type than its default, or outside its range.
     """
 
     model: str = "resnet110_cifar"  # a name of spnet.list_models()
@@ -57,6 +57,12 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("milestones", "stage_weights"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            allowed = {float: (float, int), type(None): (str, type(None))}.get(kind, kind)
+            # A truth value is a number to Python, and every text is true.
+            if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+                raise ValueError(f"{field.name}: expected a value like {field.default!r}, got {value!r}")
         for name in ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

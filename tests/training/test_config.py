@@ -88,3 +88,22 @@ def test_differences_name_the_settings():
     c = TrainConfig()
     assert c.differences(dataclasses.replace(c, out="elsewhere", data_root="there", workers=0)) == []
     assert c.differences(dataclasses.replace(c, lr=0.2, seed=1)) == ["lr: 0.1 is not 0.2", "seed: 0 is not 1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("static", "false"),
+        ("static", 1),
+        ("epochs", "3"),
+        ("epochs", 2.5),
+        ("epochs", True),
+        ("lr", "0.1"),
+        ("lr", None),
+    ]
+    + [("init", 3), ("out", None), ("seed", 0.5)],
+)
+def test_value_of_another_type(name, value):
+    """ "static": "false" would train a static network."""
+    with pytest.raises(ValueError, match=f"{name}: expected a value like .*, got {value!r}"):
+        TrainConfig(**{name: value})
