@@ -119,7 +119,7 @@ def test_thresholds(benchmark, report):
         for part in batches:
             spnet.fast_forward(model, part, threshold=threshold)
 
-    # The static network that it was trained from has the cost of one that executes everything.
+    # The static network has the cost of one that executes everything.
     thresholds = {"static": -math.inf} | {str(t): t for t in THRESHOLDS}
     calls = {name: functools.partial(forward, threshold) for name, threshold in thresholds.items()}
     times = take_turns(calls, 12.0)
@@ -131,8 +131,9 @@ def test_thresholds(benchmark, report):
             "accuracy": tested.accuracy,
             "executed_share": tested.macs / tested.dense_macs,
         }
-    log = (ASSETS / NETWORK / "training" / "static.jsonl").read_text().splitlines()
-    epochs = [entry for entry in map(json.loads, log) if entry["kind"] == "epoch"]
+    logs = [ASSETS / NETWORK / "training" / f"{run}.jsonl" for run in ("static", "static36")]
+    lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    epochs = [line for line in lines if line["kind"] == "epoch"]
     points["static"]["accuracy"] = epochs[-1]["test"]["accuracy"] if whole else None
     benchmark.group = "accuracy against time"
     benchmark.extra_info |= {"points": points, "images": tested.samples, "static_epochs": len(epochs)}
