@@ -31,7 +31,9 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
-        except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError, ConnectionError) as e:
+        except BrokenPipeError:
+            raise  # its reader has read enough: click ends quietly
+        except (ValueError, OSError, FloatingPointError, ImportError) as e:
             raise click.ClickException(str(e)) from e
 
 

@@ -2,8 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from spnet.cli import main
@@ -102,3 +105,24 @@ def test_errors_are_one_line():
     assert "invalid literal" in fail("train", "--milestones", "1,soon")
     assert "target_rate: expected a value in [0, 1]" in fail("train", "--target-rate", "1.5")
     assert all(name in fail("eval", "fashion-mnist", "--data", "mnist") for name in DATASETS)
+
+
+def test_files_and_folders_in_the_way_are_one_line(tmp_path, data):
+    file = tmp_path / "file"
+    file.touch()
+    train = ("train", "--data", "fashion-mnist", "--data-root", data, "--model", "resnet20_cifar", "--batch-size", "32")
+    assert "Not a directory" in fail(*train, "--out", str(file / "run"))
+    assert "Is a directory" in fail("train", "--config", str(tmp_path))
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    process = subprocess.Popen([sys.executable, "-m", "spnet", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert b"pipe" not in process.communicate()[1]
+
+
+def test_device_that_is_not_there_is_one_line(tmp_path, data):
+    train = ("train", "--data", "fashion-mnist", "--data-root", data, "--model", "resnet20_cifar", "--batch-size", "32")
+    for device in ("tpu", f"cuda:{torch.cuda.device_count()}"):
+        assert f"device: cannot use '{device}' here" in fail(*train, "--out", str(tmp_path / "run"), "--device", device)
+    assert not (tmp_path / "run").exists()

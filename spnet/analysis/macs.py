@@ -6,7 +6,9 @@ pooling are not. The formulas are those of ``torch.utils.flop_counter``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -56,6 +58,10 @@ class Macs:
         return {}
 
 
+_switching = threading.RLock()
+# The CPU's form of attention has no formula of its own.
+_aten = torch.ops.aten
+_SAME_COST = {_aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention}
 _cache: WeakKeyDictionary[nn.Module, tuple[tuple, Macs]] = WeakKeyDictionary()
 
 
@@ -98,7 +104,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(_SAME_COST.get(func._overloadpacket, func._overloadpacket))
         if formula is None:
             with self:  # under inference_mode a linear layer arrives whole
                 out = func.decompose(*args, **kwargs)
@@ -130,6 +136,18 @@ class _DenseRun:
         return x
 
 
+@contextmanager
+def _attention_by_parts() -> Iterator[None]:
+    """nn.MultiheadAttention without its fast path, one operator that has no formula; the switch is the process's."""
+    with _switching:
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+
+
 @torch.no_grad()
 def _count(model: nn.Module, shape: tuple[int, ...]) -> Macs:
     blocks = routed_blocks(model)
@@ -139,7 +157,7 @@ def _count(model: nn.Module, shape: tuple[int, ...]) -> Macs:
     weight = next((p for p in floating if id(p) not in routers), floating[0] if floating else torch.empty(0))
     counter = _Counter()
     run = _DenseRun(counter)
-    with active(run), counter:
+    with _attention_by_parts(), active(run), counter:
         model(torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device))
     rows = tuple(
         BlockMacs(name, *run.parts.get(id(block), (0, 0, 0)), sum(p.numel() for p in block.parameters()))

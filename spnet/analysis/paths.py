@@ -39,7 +39,14 @@ class PathStatistics:
         return len(self.macs)
 
     def subset(self, positions: Tensor) -> PathStatistics:
-        """The statistics of the samples at these positions (int64 [M]), in that order."""
+        """The statistics of the samples at these positions (int64 [M]), in that order.
+
+        Raises:
+            ValueError: no positions.
+            IndexError: a position outside the samples.
+        """
+        if not len(self.macs[positions]):
+            raise ValueError("positions: expected at least one sample, got none")
         per_sample = ("decisions", "macs", "predictions", "losses", "labels")
         chosen = {name: None if (v := getattr(self, name)) is None else v[positions] for name in per_sample}
         return replace(self, **chosen)

@@ -21,7 +21,8 @@ def save_checkpoint(run: Path, model: SPNet, state: dict[str, Any], *, best: boo
     """Write ``run/last`` (and ``run/best``): a model folder with the rest of the training state beside it.
 
     ``last`` and ``best`` are symbolic links. A kill or a full disk at any moment leaves the previous checkpoint
-    as it was; what is not linked is swept up by the next save.
+    as it was; what is not linked is swept up by the next save. Where a copy of the run has folders in their place,
+    the links take it.
 
     Args:
         state: tensors, numbers, strings and containers of them: it is read back without unpickling code.
@@ -46,6 +47,8 @@ def save_checkpoint(run: Path, model: SPNet, state: dict[str, Any], *, best: boo
         link = store / f".{name}"
         link.unlink(missing_ok=True)
         link.symlink_to(Path(store.name, folder.name))
+        if (run / name).is_dir() and not (run / name).is_symlink():
+            (run / name).rename(store / f"step-of-copied-{name}")
         os.replace(link, run / name)
     linked = {(run / name).resolve() for name in ("last", "best") if (run / name).exists()}
     for old in store.glob("step-*"):
@@ -67,7 +70,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         state = torch.load(data, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged file fails in any way: a dozen types of error were seen
-        raise ValueError(f"resume: {path} is no complete training state ({e})") from e
+        raise ValueError(f"resume: {path} is no complete training state ({type(e).__name__})") from e
     if not isinstance(state, dict):
         raise ValueError(f"resume: {path} is no training state but a {type(state).__name__}")
     return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ class TrainConfig:
     """Settings of a training run; the defaults are the CIFAR recipe of SP-Net (ECCV 2022).
 
     Raises:
-        ValueError: a value of another type than its default, or outside its range.
+        ValueError: a value of another type or outside its range.
     """
 
     model: str = "resnet110_cifar"  # a name of spnet.list_models()
@@ -56,13 +57,12 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("milestones", "stage_weights"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if isinstance(getattr(self, name), list):  # as JSON has them
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            allowed = {float: (float, int), type(None): (str, type(None))}.get(kind, kind)
-            # A truth value is a number to Python, and every text is true.
-            if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
-                raise ValueError(f"{field.name}: expected a value like {field.default!r}, got {value!r}")
+            if not _is_a(getattr(self, field.name), hints[field.name]):
+                raise ValueError(f"{field.name}: expected {field.type}, got {getattr(self, field.name)!r}")
         for name in ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -91,7 +91,7 @@ class TrainConfig:
 
         Raises:
             FileNotFoundError: nothing there.
-            ValueError: no JSON, an unknown setting, or a value outside its range.
+            ValueError: no JSON, an unknown setting, or a value of another type or outside its range.
         """
         try:
             return cls(**json.loads(Path(path).read_text()))
@@ -106,6 +106,15 @@ class TrainConfig:
         free = {"out", "data_root", "workers"}
         a, b = dataclasses.asdict(self), dataclasses.asdict(other)
         return [f"{name}: {a[name]!r} is not {b[name]!r}" for name in a if name not in free and a[name] != b[name]]
+
+
+def _is_a(value: object, hint: typing.Any) -> bool:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return type(value) is tuple and all(_is_a(v, arguments[0]) for v in value)
+    if arguments:
+        return any(_is_a(value, h) for h in arguments)
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 _IMAGENET = dict(

@@ -18,6 +18,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: there is none, or this PyTorch cannot use it.
+    """
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as e:  # of a PyTorch without CUDA the second
+        raise ValueError(f"device: cannot use {name!r} here ({str(e).splitlines()[0]})") from e
+
+
 def in_job() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -52,13 +65,14 @@ def job(device: str) -> Iterator[None]:
 
     Raises:
         ConnectionError: another rank died, was lost, or the ranks did not meet.
+        ValueError: no GPU for this rank.
     """
     if not dist.is_torchelastic_launched():
         yield
         return
-    cuda = torch.device(device).type == "cuda"
+    cuda = device.startswith("cuda")
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(usable_device(f"cuda:{os.environ['LOCAL_RANK']}"))
     try:
         # gloo on a GPU too: what is on the host (the wish to stop, sums of the evaluation) waits for no kernel there.
         store, rank, size = next(dist.rendezvous("env://"))

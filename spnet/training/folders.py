@@ -114,6 +114,10 @@ def decode_rgb(data: bytes, name: str) -> Any:
 
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip at 255
+                return image.convert("I").point(lambda value: value * (1 / 256)).convert("RGB")
             return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG files
+    except Image.UnidentifiedImageError as error:  # its message is the address of the BytesIO
+        raise ValueError(f"{name}: expected an image, got {len(data)} bytes of something else") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError for some broken PNG files
         raise ValueError(f"{name}: expected an image, got {error}") from error

@@ -7,7 +7,10 @@ any saved state.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
 import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -208,12 +211,20 @@ class DecodingLoader(_EpochLoader):
             generator=_generator("workers", self.seed, epoch),  # else it would draw from the global one
             worker_init_fn=_outlive_sigterm,
         )
-        for images, labels in decoded:
+        for images, labels in _one_line_errors(decoded):
             bad = ((labels < 0) | (labels >= self.num_classes)).nonzero().flatten()
             if len(bad):
                 raise ValueError(f"labels: expected 0 to {self.num_classes - 1}, got {labels[bad[0]].item()}")
             images = images.to(self.device, non_blocking=pinned)
             yield images.contiguous(memory_format=self._format), labels.to(self.device, non_blocking=pinned)
+
+
+def _one_line_errors(batches: Iterable) -> Iterator:
+    """The batches of a DataLoader; its workers' ValueErrors without the traceback that it makes their message."""
+    try:
+        yield from batches
+    except ValueError as e:
+        raise ValueError(str(e).rpartition("\nValueError: ")[2].rstrip()) from e
 
 
 class FolderLoader(DecodingLoader):
@@ -275,6 +286,15 @@ class FolderLoader(DecodingLoader):
 def _outlive_sigterm(worker: int) -> None:
     # It is sent to the whole process group; the trainer still takes a step and saves. Workers end with their parent.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_at_parents_sigterm, daemon=True).start()
+
+
+def _end_at_parents_sigterm() -> None:
+    # Python's exit sends it to the workers of an epoch that was not read to its end, and waits for them.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)
 
 
 class _SeededItems(torch.utils.data.Dataset):

@@ -23,6 +23,7 @@ from spnet.models.files import load_model
 from spnet.routing import routed_blocks
 from spnet.training.config import TrainConfig
 from spnet.training.data import FolderLoader, Loader, make_loader
+from spnet.training.distributed import usable_device
 
 PICTURED = 12  # easiest images, and as many hardest
 
@@ -75,12 +76,12 @@ def write_report(
 
     Raises:
         FileNotFoundError: no run there, or its data set is not where it was.
-        ValueError: a damaged file, or a log without a whole epoch.
+        ValueError: a damaged file, a log without a whole epoch, or a device that is not there.
     """
     run = Path(run)
     config, log = TrainConfig.load(run / "config.json"), read_log(run / "log.jsonl")
     epochs = whole_epochs(log)
-    model = load_model(run / "best").to(device)
+    model = load_model(run / "best").to(usable_device(device))
     if loader is None:
         root = data_root if data_root is not None else config.data_root
         loader = make_loader(

@@ -144,14 +144,14 @@ class Trainer:
             With several ranks or micro-batches the first must leave out a last batch that is not full.
 
     Raises:
-        ValueError: training and test data of different classes, settings out of range, a batch that the ranks and
-            micro-batches do not divide, or initial weights of another network.
+        ValueError: training and test data of different classes, settings out of range, a device that is not there, a
+            batch that the ranks and micro-batches do not divide, or initial weights of another network.
         FileNotFoundError: a missing data set (says where to get it) or missing initial weights.
     """
 
     def __init__(self, config: TrainConfig, *, train_loader: Loader | None = None, test_loader: Loader | None = None):
         self.config, self.run = config, Path(config.out)
-        self.device = torch.device(config.device)
+        self.device = distributed.usable_device(config.device)
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
         if config.batch_size % (self.ranks * config.accumulate):
             raise ValueError(
@@ -230,7 +230,7 @@ class Trainer:
 
         Raises:
             FileExistsError: the folder holds a run already and resume is False.
-            ValueError: resuming a run of other settings (names them), or a damaged checkpoint.
+            ValueError: resuming a run of other settings (names them), or a damaged checkpoint or log.
             FloatingPointError: a loss term or the weights are not finite; the last checkpoint stays.
             OSError: a full disk, say; the last checkpoint stays.
             SystemExit: of code 0, after SIGTERM to any rank.
@@ -447,10 +447,13 @@ def _cut_log(path: Path, step: int) -> None:
     """Drop the lines of later steps, and what a kill left of a line; in place, so that no line can be lost."""
     end = 0
     with open(path, "r+b") as log:
-        for line in log:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            end += len(line)
+        try:
+            for line in log:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+                end += len(line)
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"resume: {path} is not the log of a training run ({e!r})") from e
         log.truncate(end)
 
 

@@ -207,6 +207,17 @@ def test_under_inference_mode():
         assert count_macs(small(), SMALL_SHAPE) == expected
 
 
+def test_attention_that_has_a_fast_path():
+    class Attention(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x, need_weights=False)[0]
+
+    samples, width = 10, 8
+    expected = 4 * samples * width**2 + 2 * samples**2 * width  # projections; scores and their use
+    assert count_macs(Attention(width, 2, batch_first=True).eval(), (samples, width)).dense == expected
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_compiled_model_counts_as_the_model_in_it():
     class Wrapper(nn.Module):  # what torch.compile makes, without the seconds that importing the compiler takes
         def __init__(self, model):

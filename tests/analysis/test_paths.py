@@ -115,6 +115,17 @@ def test_without_labels_the_predicted_class_counts(net):
     assert "accuracy" not in str(stats)
 
 
+def test_subset(net):
+    stats = paths(net, (X, LABELS))
+    part = stats.subset(torch.tensor([4, 0]))
+    assert part.macs.tolist() == stats.macs[[4, 0]].tolist()
+    assert part.labels.tolist() == LABELS[[4, 0]].tolist()
+    with pytest.raises(ValueError, match="positions: expected at least one sample, got none"):
+        stats.subset(torch.tensor([], dtype=torch.int64))
+    with pytest.raises(IndexError):
+        stats.subset(torch.tensor([5]))
+
+
 def test_forms_of_data(net):
     expected = paths(net, (X, LABELS))
     loader = DataLoader(TensorDataset(X, LABELS), batch_size=2)

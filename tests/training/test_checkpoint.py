@@ -75,6 +75,17 @@ def test_links_and_pruning(tmp_path):
     assert (tmp_path / "moved" / "last").stat().st_mode & 0o777 == 0o755
 
 
+def test_in_a_copy_that_followed_the_links(tmp_path):
+    marked_checkpoint(tmp_path / "run", 1)
+    marked_checkpoint(tmp_path / "run", 2, best=False)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    marked_checkpoint(tmp_path / "copy", 3, best=False)
+    assert (step_of(tmp_path / "copy" / "last"), step_of(tmp_path / "copy" / "best")) == (3, 1)
+    marked_checkpoint(tmp_path / "copy", 4)
+    assert (step_of(tmp_path / "copy" / "last"), step_of(tmp_path / "copy" / "best")) == (4, 4)
+    assert len(list((tmp_path / "copy" / "checkpoints").iterdir())) == 1
+
+
 def test_relative_folder(tmp_path, monkeypatch):
     """Since Python 3.12 the temporary folder has an absolute name even so."""
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,9 @@
 """Folders of images: which folder, which classes, and what a missing library or a broken file says."""
 
+import io
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +54,27 @@ def test_undecodable_image_is_named(tmp_path):
     bad.write_bytes(good.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"bad\.png: expected an image"):
         folders._read_rgb(str(bad))
+    bad.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"bad\.png: expected an image, got 8 bytes of something else"):
+        folders._read_rgb(str(bad))
+
+
+def test_image_that_claims_to_be_enormous_is_named():
+    image_class = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    data = io.BytesIO()
+    image_class.new("L", (3, 2)).save(data, "BMP")
+    data = bytearray(data.getvalue())
+    data[18:26] = (60000).to_bytes(4, "little") * 2  # width and height
+    with pytest.raises(ValueError, match=r"bad\.bmp: expected an image, got .*exceeds limit"):
+        folders.decode_rgb(bytes(data), "bad.bmp")
+
+
+def test_sixteen_bits_of_grey_keep_their_brightness():
+    image_class = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    grey, data = np.arange(0, 65536, 257, dtype=np.uint16), io.BytesIO()
+    image_class.fromarray(grey.reshape(16, 16)).save(data, "PNG")
+    pixels = np.asarray(folders.decode_rgb(data.getvalue(), "grey.png"))
+    assert np.array_equal(pixels, np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(16, 16, 3))
 
 
 def test_image_folder_reads_real_files(tmp_path):

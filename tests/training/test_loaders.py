@@ -4,6 +4,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from spnet.training import loaders
 from spnet.training.datasets import ImageSet
 from spnet.training.loaders import FolderLoader, Loader, random_crop_flip
 from tests.images import batches_equal, random_set
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -237,9 +240,14 @@ def test_folder_loader_outlives_a_sigterm_to_its_workers():
     loader = folder_loader(workers=2, n=60)
     batches = loader.epoch(1)
     got = [next(batches), next(batches)]  # one of each worker: both have started
-    for worker in multiprocessing.active_children():
-        worker.terminate()
+    subprocess.run(["kill", *(str(w.pid) for w in multiprocessing.active_children())], check=True)
     assert batches_equal(got + list(batches), folder_loader(n=60).epoch(1))
+
+
+def test_exit_in_the_middle_of_an_epoch():
+    """Python waits for the workers, who would ignore the SIGTERM that it sent them."""
+    loader = "from tests.training.test_loaders import folder_loader; batches = folder_loader(workers=2, n=60).epoch(0)"
+    subprocess.run([sys.executable, "-c", loader + "; next(batches)"], cwd=ROOT, check=True, timeout=100)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 6])

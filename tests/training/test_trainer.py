@@ -702,6 +702,15 @@ def test_resume_from_a_damaged_checkpoint(straight, tmp_path, file):
     make_trainer(run).fit(resume=True)
 
 
+@pytest.mark.parametrize("text", ["no log\n", "[]\n", "{}\n"])
+def test_resume_with_a_damaged_log(straight, tmp_path, text):
+    run = copy_of(straight[0], tmp_path / "run")
+    (run / "log.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"resume: .*log.jsonl is not the log of a training run"):
+        make_trainer(run).fit(resume=True)
+    assert (run / "log.jsonl").read_text() == text
+
+
 def test_resume_with_weights_of_another_network(straight, tmp_path):
     run = copy_of(straight[0], tmp_path / "run")
     spnet.save_model(spnet.create_model("resnet20_cifar"), run / "last")
