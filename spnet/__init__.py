@@ -5,8 +5,9 @@ import importlib
 from spnet.analysis.paths import PathStatistics, paths
 from spnet.api import Explanation, explain, fast_forward
 from spnet.execution.calibrate import calibrate
+from spnet.execution.lowering import lower
 from spnet.execution.paths import Paths
-from spnet.execution.plan import LoweringError, Plan, load_plan, lower
+from spnet.execution.plan import LoweringError, Plan, load_plan
 from spnet.models import SPNet, SPNetOutput, create_model, list_models
 from spnet.models.convert import convert, forward_training
 from spnet.models.files import load_model, save_model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spnet.analysis.macs import count_macs
 from spnet.execution.kept import plan_of, run_plan
+from spnet.execution.lowering import shape_of
 from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan
@@ -60,7 +61,7 @@ def _by_plan(
     """Plan, logits and decisions where ``impl`` asks for a plan and the model fits."""
 
     def run(plan: Plan) -> tuple[Tensor, Tensor]:
-        _check_input(model, model.features[0][0].weight, x)
+        _check_input(model, plan, x)
         if paths is not None:
             _check_paths(paths, len(x), plan.num_blocks, x.device)
         return plan.run(x, paths, threshold, impl)
@@ -68,7 +69,7 @@ def _by_plan(
     if impl not in ("auto", "walk", "batch"):
         return None
     try:
-        return run_plan(model, run)
+        return run_plan(model, x, run)
     except LoweringError as e:
         if impl == "auto":
             return None
@@ -76,14 +77,14 @@ def _by_plan(
         raise ValueError(f"impl: {impl!r} does not fit this model: {e}") from e
 
 
-def _check_input(model: nn.Module, weight: Tensor | None, x: Tensor) -> None:
+def _check_input(model: nn.Module, weight: Tensor | Plan | None, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("x: requires grad, but fast_forward is inference only; pass x.detach(), or call model(x)")
-    size = getattr(model, "input_size", None)
-    if size is not None and tuple(x.shape[1:]) != (model.in_channels, size, size):
-        raise ValueError(f"x: expected [B, {model.in_channels}, {size}, {size}], got {list(x.shape)}")
+    shape = shape_of(model)
+    if shape is not None and tuple(x.shape[1:]) != shape:
+        raise ValueError(f"x: expected [B, {', '.join(map(str, shape))}], got {list(x.shape)}")
     if x.dim() < 2:
         raise ValueError(f"x: expected a batch [B, ...], got {list(x.shape)}")
     if weight is not None:
@@ -132,7 +133,9 @@ def fast_forward(
         impl: "masked" computes everything and selects (the specification); "routed" gathers the samples routed
             to each body; "batch" does so with folded weights and fused operators; "walk" carries each sample through
             the whole network in native code. "auto" takes "walk" where it fits, else "batch" where :func:`spnet.lower`
-            takes the model, else "routed". A named one runs or raises, it never falls back.
+            takes the model, else "routed". A named one runs or raises, it never falls back. "batch" and "walk" follow
+            every change of the model's parameters, buffers and attributes; a forward that reads anything else that
+            changes, a global variable say, needs "routed".
         paths: bool [B, L], forces the decisions of the L RoutedBlocks (``Paths.blocks`` gives their order).
         threshold: a sample executes a block where its router's z_execute - z_skip > threshold. 0 is what was trained;
             more executes less, so that one network offers a range of accuracies and times. Of no effect with paths.
@@ -202,7 +205,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     _check_input(model, scan.weight, x)
     choices: tuple[str, ...] = ("routed",) * len(scan.blocks)
     try:
-        plan = plan_of(model)
+        plan = plan_of(model, x)
         impl, reason = plan.impl, "native code carries the samples through all blocks, a thread a few at once"
         if plan.impl == "batch":
             how = "one CUDA graph of kernels" if plan.device.type == "cuda" else "fused operators"

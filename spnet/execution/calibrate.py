@@ -36,10 +36,12 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> Plan:
         LoweringError: the model does not fit.
         ValueError: no sample in the batches, or an input that does not fit the model.
     """
-    plan = plan_of(getattr(model, "_orig_mod", model))
-    executed, samples = torch.zeros(plan.num_blocks, device="cpu"), 0
-    seconds = torch.zeros(2, plan.num_blocks, device="cpu")  # routed, dense
+    plan, samples = None, 0
     for x in batches:
+        if plan is None:
+            plan = plan_of(getattr(model, "_orig_mod", model), x)
+            executed = torch.zeros(plan.num_blocks, device="cpu")
+            seconds = torch.zeros(2, plan.num_blocks, device="cpu")  # routed, dense
         _, paths = plan(x, return_paths=True)
         executed += paths.decisions.sum(0).cpu()
         samples += len(x)

@@ -6,38 +6,64 @@ Lowering copies the weights, so a kept plan is compared with its model at every 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from spnet.execution.plan import LoweringError, Plan, check_fit, lower
-from spnet.models import SPNet
+from spnet.execution.lowering import assemble, first_weight, read, shape_of, tensors_of
+from spnet.execution.plan import LoweringError, Plan
 from spnet.native import core
 from spnet.routing import routed_blocks
 
 # The dictionaries of a module that say what it consists of and whether it may be passed over.
 _PARTS = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_OF_EVERY_MODULE = set(vars(nn.Module()))
 
 
-class _Watch:
-    """Everything about a model that its plan depends on, in a form that is quick to compare."""
+class _Attributes:
+    """All attributes of a model's modules, in a form that is quick to compare."""
 
-    def __init__(self, model: SPNet):
+    def __init__(self, model: nn.Module):
         modules = list(model.modules())
         # In lists, of which each thread takes the next.
         self._facts = core.Facts([list(_facts(modules[i : i + 64], model)) for i in range(0, len(modules), 64)])
+        others = [(m, name, v) for m in modules for name, v in vars(m).items() if not _is_fixed(m, name, v)]
+        self._lists = [v for _, _, v in others if _is_list(v)]
+        self._copies = copy.deepcopy(self._lists)
+        elusive = (f"attribute {name!r} of a {type(m).__name__}" for m, name, v in others if not _is_list(v))
+        self.elusive = next(elusive, "")  # what may change unseen
+
+    def unchanged(self, model: nn.Module, layouts: core.Layouts | None = None, chosen: bytes = b"") -> bool:
+        """Also of the layouts of the chosen parts."""
+        threads = torch.get_num_threads()
+        return self._lists == self._copies and core.same_objects(layouts, chosen, self._facts, vars(model), threads)
+
+
+class _Watch:
+    """Everything about a model that its plan depends on, in a form that is quick to compare.
+
+    Args:
+        model: the network.
+        attributes: of the model, taken before anything was read.
+        read: ids of the parameters and buffers that lowering reads: not those of what serves training alone, a quarter
+            of the weights of a ResNet-50.
+    """
+
+    def __init__(self, model: nn.Module, attributes: _Attributes, read: set[int]):
+        self._attributes = attributes
         blocks = {id(m): number for number, m in enumerate(routed_blocks(model).values())}
-        # A quarter of the weights of a ResNet-50: no inference reads them.
-        for_training = {id(m) for part in (*model.heads[:-1], *(model.align or ())) for m in part.modules()}
         tensors: dict[int, tuple[Tensor, tuple[int, int] | None]] = {}  # with the address and bytes of its memory
         spans: dict[tuple[int, int], int] = {}  # -> block whose body alone reads it, or L
         for module, part in _readers(model, blocks, len(blocks)):
-            if id(module) in for_training:
+            own = {**module._parameters, **module._buffers}
+            if read.isdisjoint(map(id, own.values())):
                 continue
-            for name, t in (*module._parameters.items(), *module._buffers.items()):
+            for name, t in own.items():
                 on_cpu = t is not None and t.device.type == "cpu"
                 # BatchNorm's count of batches is read by no inference, but its running statistics are written past
                 # their version counters: where versions are all there is to compare, its own stands for theirs.
@@ -74,7 +100,7 @@ class _Watch:
         return (
             [t._version for t in self._elsewhere] == self._versions
             and not any(moved() for moved, needed in zip(self._moved, chosen, strict=False) if needed)
-            and core.same_objects(self._layouts, chosen, self._facts, vars(model), threads)
+            and self._attributes.unchanged(model, self._layouts, chosen)
             # Last: the bytes are safe to read only where the tensors still lie there.
             and self._fingerprint.matches(chosen, threads)
         )
@@ -99,7 +125,9 @@ def _facts(modules: list[nn.Module], model: nn.Module) -> Iterator:
         attributes = vars(m)
         yield None if m is model else attributes
         for name, value in attributes.items():
-            yield from (name, value if name in _PARTS or name in _HOOKS or _is_plain(value) else ...)
+            held = name in _PARTS or name in _HOOKS or _is_plain(value)
+            held = held or (not _is_fixed(m, name, value) and _is_list(value))
+            yield from (name, value if held else ...)
         for name in _PARTS:
             # Without children or weights it belongs to a module that asks for none.
             if attributes[name]:
@@ -110,11 +138,30 @@ def _facts(modules: list[nn.Module], model: nn.Module) -> Iterator:
             yield attributes[name]
 
 
+def _is_fixed(module: nn.Module, name: str, value: object) -> bool:
+    """Whether what a forward may read of an attribute changes only with its identity.
+
+    Modules of PyTorch and spnet read nothing else of theirs; of others, it depends on the value.
+    """
+    known = type(module).__module__.partition(".")[0] in ("spnet", "torch")
+    return known or name in _OF_EVERY_MODULE or _is_plain(value)
+
+
 def _is_plain(value: object) -> bool:
-    """Whether it is a number, a string, None or a tuple of these, which nobody can change in place."""
-    if type(value) is tuple:
+    """Whether nobody can change it in place: a number, a string, a class, a function, None or a tuple of these."""
+    if type(value) in (tuple, torch.Size):
         return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
+    if isinstance(value, FunctionType | BuiltinFunctionType):
+        return getattr(value, "__closure__", None) is None
+    kinds = bool, int, float, str, torch.dtype, torch.device, torch.memory_format
+    return value is None or type(value) in kinds or isinstance(value, type)
+
+
+def _is_list(value: object) -> bool:
+    """Whether it holds nothing but plain values, in lists and the like, that can be changed in place."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    return type(value) in (list, tuple, set) and all(_is_plain(v) or _is_list(v) for v in value)
 
 
 def _moved(tensors: list[Tensor]) -> Callable[[], bool]:
@@ -127,21 +174,25 @@ def _moved(tensors: list[Tensor]) -> Callable[[], bool]:
     return lambda: layouts() != before
 
 
-_kept: WeakKeyDictionary[nn.Module, tuple[_Watch, Plan]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, dict[tuple, tuple[_Watch, Plan]]] = WeakKeyDictionary()
+# Why the last image was refused, so that a model which does not fit is not run on zeros before every forward.
+_refused: WeakKeyDictionary[nn.Module, tuple[tuple, _Attributes, str]] = WeakKeyDictionary()
+MOST_SHAPES = 4
 
 
-def plan_of(model: nn.Module) -> Plan:
-    """The model's plan, lowered anew where the model has changed since.
+def plan_of(model: nn.Module, x: Tensor | None = None) -> Plan:
+    """The model's plan for images like x [B, C, H, W], lowered anew where the model has changed since.
 
     Raises:
         LoweringError: the model does not fit.
     """
-    kept = _kept.get(model)
-    return kept[1] if kept is not None and kept[0].unchanged(model) else _lowered(model)
+    shape = _shape(model, x)
+    watch, plan = _kept.get(model, {}).get(shape, (None, None))
+    return plan if watch is not None and watch.unchanged(model) else _lowered(model, shape)
 
 
-def run_plan(model: nn.Module, run: Callable[[Plan], tuple[Tensor, Tensor]]) -> tuple[Plan, Tensor, Tensor]:
-    """The model's plan, and the logits and decisions that ``run`` returns for it.
+def run_plan(model: nn.Module, x: Tensor, run: Callable[[Plan], tuple[Tensor, Tensor]]) -> tuple[Plan, Tensor, Tensor]:
+    """The model's plan for images like x, and the logits and decisions that ``run`` returns for it.
 
     Run first and compared afterwards: the weights of a body that no sample executed need not be read, and a device
     computes meanwhile.
@@ -149,9 +200,9 @@ def run_plan(model: nn.Module, run: Callable[[Plan], tuple[Tensor, Tensor]]) -> 
     Raises:
         LoweringError: the model does not fit.
     """
-    kept = _kept.get(model)
-    if kept is not None:
-        watch, plan = kept
+    shape = _shape(model, x)
+    watch, plan = _kept.get(model, {}).get(shape, (None, None))
+    if watch is not None:
         try:
             logits, decisions = run(plan)
         except Exception:
@@ -160,14 +211,42 @@ def run_plan(model: nn.Module, run: Callable[[Plan], tuple[Tensor, Tensor]]) -> 
         else:
             if watch.unchanged(model, decisions):
                 return plan, logits, decisions
-    plan = _lowered(model)
+    plan = _lowered(model, shape)
     return plan, *run(plan)
 
 
-def _lowered(model: nn.Module) -> Plan:
-    check_fit(model)
+def _shape(model: nn.Module, x: Tensor | None) -> tuple[int, ...]:
+    shape = shape_of(model)
+    if shape is not None:
+        return shape
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    return tuple(x.shape[1:])
+
+
+def _lowered(model: nn.Module, shape: tuple[int, ...]) -> Plan:
+    weight = first_weight(model)
+    image = *shape, weight.dtype, weight.device
+    for_image, attributes, message = _refused.get(model, (None, None, ""))
+    if for_image == image and attributes.unchanged(model):
+        raise LoweringError(message)
     # Watched before it is read: a change in between is found by the next comparison.
-    watch = _Watch(model)
-    plan = lower(model)
-    _kept[model] = watch, plan
+    attributes = _Attributes(model)
+    try:
+        if len(shape) != 3:
+            raise LoweringError(f"expected images [C, H, W], got {list(shape)}")
+        plans = _kept.setdefault(model, {})
+        if len(plans) == MOST_SHAPES and shape not in plans:
+            raise LoweringError(f"plans for images of {MOST_SHAPES} other shapes are kept")
+        if attributes.elusive:
+            raise LoweringError(f"{attributes.elusive} may change unseen, so no plan can be kept; see spnet.lower")
+        steps = read(model, shape)
+        if not attributes.unchanged(model):
+            raise LoweringError(f"the forward of {type(model).__name__} changes its attributes")
+        watch = _Watch(model, attributes, tensors_of(steps))
+        plan = assemble(model, shape, steps)
+    except LoweringError as e:
+        _refused[model] = image, attributes, str(e)
+        raise
+    plans[shape] = watch, plan
     return plan

@@ -1,4 +1,4 @@
-"""Lowering: a routed network becomes a flat table of blocks with folded weights, which the fast executions run.
+"""Plans: a routed network as a flat table of blocks with folded weights, which the fast executions run.
 
 ``spnet/execution/table.py`` and ``csrc/plan.h`` describe the table. A plan needs no model class to run, and its file
 holds no code.
@@ -15,18 +15,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch import Tensor
 
-from spnet.analysis.macs import BlockMacs, Macs, count_macs
+from spnet.analysis.macs import BlockMacs, Macs
 from spnet.execution.batch import Batch
 from spnet.execution.device import DTYPES, check_cuda, check_device, check_open
 from spnet.execution.paths import Paths
-from spnet.execution.table import FORMAT_VERSION, IDENTITY, PAD, PROJECTION, Block, Convolution, Network, read_table
+from spnet.execution.table import FORMAT_VERSION, Network, read_table
 from spnet.execution.walk import CudaWalk, Walk
 from spnet.models.files import write_whole
-from spnet.models.resnet import PadShortcut, SPNet
-from spnet.routing import RoutedBlock, RoutedSequential, Router, _BatchNorm1d, uncompiled
+from spnet.routing import uncompiled
 
 
 def _graph(network: Network, weights: Tensor, dtype: torch.dtype):
@@ -267,127 +265,3 @@ def load_plan(path: str | Path, device: torch.device | str = "cpu") -> Plan:
     if plan.rates.isnan().any():
         plan.rates = None
     return plan
-
-
-@uncompiled
-@torch.no_grad()
-def lower(model: nn.Module) -> Plan:
-    """Lower a routed network in evaluation mode: BatchNorm folded, two router logits folded into one margin.
-
-    Covers networks whose forward is that of :class:`spnet.models.SPNet`, in their CIFAR and ImageNet forms: a stem of
-    one convolution with or without max-pooling, bodies of convolutions with BatchNorm, identity, option-A or projection
-    shortcuts; any depth, widths, groups and classes; float32 and bfloat16 on the CPU. On CUDA, where nothing has been
-    measured yet, with ``SPNET_EXPERIMENTAL_CUDA_BATCH=1`` in the environment: also float16; bodies of 1x1 and 3x3
-    convolutions of one group; compute capability 8.0 or higher; with ``SPNET_EXPERIMENTAL_CUDA_WALK=1``: float16 and
-    bfloat16 networks whose maps fit shared memory. The plan runs on the model's device.
-
-    Raises:
-        LoweringError: a network that does not fit; the message says why.
-    """
-    check_fit(model)
-    lines = nn.Sequential, RoutedSequential
-    if type(model.features) not in lines or any(type(part) not in lines for part in model.features):
-        raise LoweringError("the features are not a stem and stages, each a plain sequence of modules")
-    stem, *stages = map(list, model.features)
-    blocks = [block for stage in stages for block in stage]
-    if len(set(map(id, blocks))) < len(blocks):
-        raise LoweringError("a block stands in two places, so its executions have no one column in the paths")
-    size, head = model.input_size, model.heads[-1]
-    if [type(m) for m in stem[2:]] not in ([nn.ReLU], [nn.ReLU, nn.MaxPool2d]):
-        raise LoweringError("the stem is not a convolution with BatchNorm, ReLU and at most a max-pooling")
-    pool = _lower_pool(stem[3]) if len(stem) == 4 else (0, 0, 0)
-    [first], weights = _lower_chain("the stem", nn.Sequential(*stem[:2]))
-    rows = []
-    for number, block in enumerate(blocks):
-        row, folded = _lower_block(number, block)
-        rows.append(row)
-        weights += folded
-    network = Network(model.in_channels, size, size, head.out_features, pool, first, tuple(rows))
-    flat = torch.cat([w.detach().float().flatten() for w in (*weights, head.weight, head.bias)])
-    macs = count_macs(model, (model.in_channels, size, size))
-    try:
-        return Plan(network.table(), flat, macs, stem[0].weight.dtype, head.weight.device)
-    except ValueError as e:
-        raise LoweringError(str(e).removeprefix("plan: ")) from e
-
-
-def check_fit(model: nn.Module) -> None:
-    """Raise the LoweringError of :func:`lower` for what can be said without reading the blocks."""
-    if getattr(type(model), "forward", None) is not SPNet.forward:
-        raise LoweringError(f"{type(model).__name__} is not one of spnet's own networks")
-    head = model.heads[-1]
-    if type(head) is not nn.Linear or head.bias is None:
-        raise LoweringError("the last head is not a linear layer with a bias")
-    weight = head.weight
-    try:
-        check_device(weight.device, weight.dtype)
-    except ValueError as e:
-        raise LoweringError(str(e)) from e
-    for module in model.modules():
-        if module.training:
-            raise LoweringError("the network is in training mode")
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise LoweringError("a forward hook expects the modules to be called")
-        forward = vars(module).get("forward")
-        if forward is not None and not getattr(forward, "same_in_evaluation", False):
-            raise LoweringError(f"the forward of a {type(module).__name__} has been replaced")
-
-
-def _lower_block(number: int, block: nn.Module) -> tuple[Block, list[Tensor]]:
-    """One block and the weights that belong to it."""
-    name = f"block {number}"
-    if type(block) is not RoutedBlock or type(block.router) is not Router or type(block.activation) is not nn.ReLU:
-        raise LoweringError(f"{name} is no RoutedBlock with a spnet.Router and a ReLU")
-    body, weights = _lower_chain(f"the body of {name}", block.body)
-    shortcut, kind, stride, front = block.shortcut, IDENTITY, 1, 0
-    if type(shortcut) is PadShortcut:
-        kind, stride, front = PAD, shortcut.stride, shortcut.pad[0]
-    elif type(shortcut) is not nn.Identity:
-        [projection], folded = _lower_chain(f"the shortcut of {name}", shortcut)
-        kind, stride = PROJECTION, projection.stride
-        if projection != Convolution(body[0].cin, body[-1].cout, 1, stride):
-            raise LoweringError(f"the shortcut of {name} is not a 1x1 convolution")
-        weights += folded
-    router = block.router
-    parts = type(router.fc1), type(router.bn), type(router.dropout), type(router.fc2)
-    if parts != (nn.Linear, _BatchNorm1d, nn.Dropout, nn.Linear) or router.fc2.out_features != 2:
-        raise LoweringError(f"the router of {name} does not consist of what a spnet.Router does")
-    if router.fc2.bias is None:
-        raise LoweringError(f"the router of {name} has no bias")
-    weights += fuse_linear_bn_weights(router.fc1.weight, router.fc1.bias, *_statistics(router.bn))
-    # The two logits matter by their difference alone.
-    (w_skip, w_execute), (b_skip, b_execute) = router.fc2.weight, router.fc2.bias
-    weights += [w_execute - w_skip, b_execute - b_skip]
-    return Block(tuple(body), kind, stride, front, router.fc1.out_features), weights
-
-
-def _lower_pool(pool: nn.MaxPool2d) -> tuple[int, int, int]:
-    sizes = [set(n) if isinstance(n, tuple) else {n} for n in (pool.kernel_size, pool.stride, pool.padding)]
-    if any(len(s) != 1 for s in sizes) or pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
-        raise LoweringError("the stem has a max-pooling that is not square, undilated and rounded down")
-    return tuple(s.pop() for s in sizes)
-
-
-def _lower_chain(name: str, chain: nn.Module) -> tuple[list[Convolution], list[Tensor]]:
-    """The shapes and folded weights of Conv-BN-ReLU-...-Conv-BN."""
-    modules = list(chain) if type(chain) is nn.Sequential else []
-    types, pattern = [type(m) for m in modules], [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
-    if not types or (pattern * len(types))[: len(types)] != types or types[-1] is not nn.BatchNorm2d:
-        raise LoweringError(f"{name} is not a chain of convolutions with BatchNorm and ReLU")
-    shapes, weights = [], []
-    for conv, bn in zip(modules[::3], modules[1::3], strict=True):
-        square = all(len(set(pair)) == 1 for pair in (conv.kernel_size, conv.stride, conv.padding))
-        if not square or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
-            raise LoweringError(f"{name} has a convolution that is not square, undilated and zero-padded")
-        sizes = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        shapes.append(Convolution(conv.in_channels, conv.out_channels, *sizes, conv.groups))
-        bias = None if conv.bias is None else conv.bias.float()
-        weights += fuse_conv_bn_weights(conv.weight.float(), bias, *_statistics(bn))
-    return shapes, weights
-
-
-def _statistics(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple:
-    if bn.running_mean is None or bn.weight is None:
-        raise LoweringError("a BatchNorm has no running statistics or no weights")
-    # In float32 also for a half model: its rounding belongs at the end.
-    return bn.running_mean.float(), bn.running_var.float(), bn.eps, bn.weight.float(), bn.bias.float()

@@ -47,7 +47,7 @@ def convert(
 
     The network is changed in place, and every Parameter stays the same object. A block becomes a
     :class:`spnet.RoutedBlock` (``layer1.0.conv1`` is called ``layer1.0.body.conv1``), and a stage that is a straight
-    line of blocks a :class:`spnet.RoutedSequential`. With every block open the outputs are bit-equal to the
+    line of blocks a :class:`spnet.RoutedSequential`. With every block open ``model(x)`` is bit-equal to the
     original's, and in evaluation mode every block starts open; train the routers with :func:`forward_training`.
 
     Stochastic depth, squeeze-and-excitation, anti-aliasing and any activation are taken along as parts of the body,

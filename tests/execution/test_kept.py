@@ -9,6 +9,7 @@ from torch import nn
 
 import spnet
 from spnet.execution import kept
+from spnet.execution.lowering import assemble, read, shape_of, tensors_of
 from spnet.native import core
 from spnet.routing import routed_blocks
 from tests.conftest import settle
@@ -112,7 +113,7 @@ def test_a_hook_turns_to_another_execution(network):
 
 def test_an_unchanged_model_is_lowered_once(network, monkeypatch):
     calls = []
-    monkeypatch.setattr(kept, "lower", lambda model: calls.append(1) or spnet.lower(model))
+    monkeypatch.setattr(kept, "assemble", lambda *args: calls.append(1) or assemble(*args))
     network.helper = object()
     before = torch.get_num_threads()
     try:
@@ -135,9 +136,9 @@ def test_an_unchanged_model_is_lowered_once(network, monkeypatch):
             lambda m: setattr(m.features.stage1[0].body[3], "dilation", (2, 2)),
             "body of block 0 .* not square, undilated",
         ),
-        (lambda m: setattr(m.features.stem[0], "padding_mode", "circular"), "the stem .* not .* zero-padded"),
+        (lambda m: setattr(m.features.stem[0], "padding_mode", "circular"), "the stem calls pad"),
         (lambda m: m.features.stage1[0].router.dropout.train(), "training mode"),
-        (lambda m: m.features.stage1[0].add_module("activation", nn.Tanh().eval()), "and a ReLU"),
+        (lambda m: m.features.stage1[0].add_module("activation", nn.Tanh().eval()), "activation of block 0 calls tanh"),
         (lambda m: m.heads[0].register_forward_pre_hook(print), "a forward hook"),
         (lambda m: m.to("meta"), "on meta"),
     ],
@@ -153,7 +154,7 @@ def test_a_model_that_fits_no_more_is_refused(network, change, reason):
 def test_every_tensor_is_watched():
     """One bit of one element of each, whatever its name, that inference reads; nothing of those for training."""
     model = settle(spnet.models.SPNet([1, 2], [6, 10], num_classes=5, input_size=32, imagenet=True))
-    watch = kept._Watch(model)
+    watch = kept._Watch(model, kept._Attributes(model), tensors_of(read(model, shape_of(model))))
     state = model.state_dict()
     for_training = [t for name, t in state.items() if name.startswith(("align.", "heads.0."))]
     assert len(for_training) == 4
@@ -172,6 +173,11 @@ def test_every_tensor_is_watched():
     assert watch.unchanged(model)
 
 
+def _watch_all(model):
+    tensors = {id(t) for t in (*model.parameters(), *model.buffers())}
+    return kept._Watch(model, kept._Attributes(model), tensors)
+
+
 def _paths(network, *executed):
     paths = torch.zeros(2, len(routed_blocks(network)), dtype=torch.bool)
     paths[0, list(executed)] = True  # the other sample skips everything
@@ -183,7 +189,7 @@ def test_a_body_is_compared_where_it_was_executed(network, monkeypatch, impl, ta
     if not tables:  # of DLPack, as with an older PyTorch
         monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
     calls = []
-    monkeypatch.setattr(kept, "lower", lambda model: calls.append(1) or spnet.lower(model))
+    monkeypatch.setattr(kept, "assemble", lambda *args: calls.append(1) or assemble(*args))
     x = torch.randn(2, 1, 32, 32)
 
     def follows(*executed):
@@ -240,7 +246,7 @@ def test_memory_that_moves(network):
 def test_without_the_tables_of_dlpack(network, monkeypatch):
     """As with a PyTorch that has none."""
     monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
-    watch = kept._Watch(network)
+    watch = _watch_all(network)
     assert watch.unchanged(network)
     _transpose_data(network)
     assert not watch.unchanged(network)
@@ -251,12 +257,12 @@ def test_versions_of_tensors_that_are_elsewhere(network, monkeypatch):
     monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
     monkeypatch.setattr(kept, "_moved", lambda tensors: lambda: False)
     network.to("meta")
-    watch = kept._Watch(network)
+    watch = _watch_all(network)
     assert watch.unchanged(network)
     with torch.no_grad():
         network.heads[-1].weight.add_(1)
     assert not watch.unchanged(network)
-    watch = kept._Watch(network)
+    watch = _watch_all(network)
     norm = network.features.stem[1]
     norm.train()(torch.empty(2, norm.num_features, 4, 4, device="meta"))  # writes its statistics uncounted
     norm.eval()
@@ -264,7 +270,7 @@ def test_versions_of_tensors_that_are_elsewhere(network, monkeypatch):
     with torch.inference_mode():
         uncounted = settle(spnet.create_model("resnet20_cifar")).to("meta")
     with pytest.raises(ValueError, match="made in inference mode"):
-        kept._Watch(uncounted)
+        _watch_all(uncounted)
 
 
 @pytest.mark.parametrize("tie", [lambda m: m.forward, lambda m: {"model": m}, lambda m: (1, m.forward)])

@@ -140,27 +140,36 @@ def _share_block(model):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_replace_body, "the body of block 0 is not a chain of convolutions with BatchNorm and ReLU"),
+        (_replace_body, "the body of block 0 calls gelu, which no plan computes"),
         (_dilate_body, "the body of block 0 has a convolution that is not square, undilated"),
         (_replace_shortcut, "the shortcut of block 2 is not a 1x1 convolution"),
-        (_replace_stem, "the stem is not a convolution with BatchNorm, ReLU and at most a max-pooling"),
+        (lambda m: m.features.stage1[0].body.append(nn.ReLU().eval()), "the body of block 0 is not a chain"),
+        (_replace_stem, "the stem calls avg_pool2d, but not over all pixels of each channel"),
+        (lambda m: m.features.stem.append(nn.ReLU().eval()), "the stem is not a convolution with BatchNorm, ReLU and"),
         (_replace_pool, "a max-pooling that is not square, undilated and rounded down"),
-        (_replace_activation, "block 0 is no RoutedBlock with a spnet.Router and a ReLU"),
+        (_replace_activation, "the activation of block 0 calls tanh"),
+        (lambda m: m.features.stage1[0].add_module("activation", nn.Identity().eval()), "block 0 is no .* and a ReLU"),
         (_replace_router, "block 1 is no RoutedBlock with a spnet.Router"),
         (_replace_part, "the router of block 0 does not consist of"),
         (lambda m: setattr(m.features.stage1[1].router, "fc1", _DoubledLinear(6, 128).eval()), "the router of block 1"),
         (lambda m: setattr(m.features.stage1[1].router, "fc2", nn.Linear(128, 3).eval()), "the router of block 1"),
         (lambda m: setattr(m.features.stage1[1].router.fc2, "bias", None), "the router of block 1 has no bias"),
         (_replace_forward, "the forward of a Conv2d has been replaced"),
-        (_append_module, "the features are not a stem and stages"),
-        (lambda m: setattr(m.features, "stem", nn.Conv2d(2, 6, 3, padding=1).eval()), "the features are not a stem"),
-        (lambda m: setattr(m.features, "stem", nn.Sequential().eval()), "the stem is not a convolution"),
-        (lambda m: setattr(m.features, "stage1", _Doubled(*m.features.stage1).eval()), "the features are not a stem"),
-        (lambda m: setattr(m, "features", _Doubled(*m.features).eval()), "the features are not a stem"),
-        (lambda m: m.features.append(m.features[1]), "a block stands in two places"),
-        (lambda m: m.heads.append(nn.Sequential(nn.Linear(10, 5)).eval()), "the last head is not a linear layer"),
-        (lambda m: m.heads.append(_DoubledLinear(10, 5).eval()), "the last head is not a linear layer"),
-        (lambda m: m.heads.append(nn.Linear(10, 5, bias=False).eval()), "the last head is not a linear layer"),
+        (_append_module, "what follows is not blocks, the average over all pixels and"),
+        (lambda m: setattr(m.features, "stem", nn.Conv2d(2, 6, 3, padding=1).eval()), "the stem is not a convolution"),
+        (lambda m: setattr(m.features, "stem", nn.Sequential().eval()), r"does not run on an image \[2, 12, 12\]: "),
+        (lambda m: setattr(m.features, "stage1", _Doubled(*m.features.stage1).eval()), "the head calls r?mul"),
+        (
+            lambda m: m.features.stage1.insert(1, nn.MaxPool2d(3, 1, 1).eval()),
+            "what follows is not blocks",
+        ),
+        (lambda m: m.features.stage2.append(m.features.stage2[1]), "a block stands in two places"),
+        (
+            lambda m: m.heads.append(nn.Sequential(nn.Linear(10, 5), nn.Linear(5, 5)).eval()),
+            "what follows is not blocks",
+        ),
+        (lambda m: m.heads.append(_DoubledLinear(10, 5).eval()), "the head calls r?mul"),
+        (lambda m: m.heads.append(nn.Linear(10, 5, bias=False).eval()), "and a linear layer with a bias"),
         (_share_block, "a block stands in two places"),
         (nn.Module.train, "training mode"),
         (nn.Module.double, "torch.float64 on cpu is neither"),
@@ -191,16 +200,18 @@ def test_synchronised_batchnorm_is_lowered():
 
 
 def test_networks_that_do_not_fit():
-    with pytest.raises(spnet.LoweringError, match="RoutedSequential is not one of spnet's own networks"):
-        spnet.lower(spnet.RoutedSequential(nn.ReLU()).eval())
-    with pytest.raises(spnet.LoweringError, match="block 0 is no RoutedBlock"):
+    with pytest.raises(spnet.LoweringError, match="Sequential does not say its input_shape"):
+        spnet.lower(nn.Sequential(nn.Linear(3, 4)).eval())
+    with pytest.raises(spnet.LoweringError, match="Sequential has no convolution of images"):
+        spnet.lower(nn.Sequential(nn.Linear(3, 4)).eval(), (3, 8, 8))
+    with pytest.raises(spnet.LoweringError, match="SPNet contains no RoutedBlock"):
         spnet.lower(spnet.create_model("resnet20_cifar", routed=False).eval())
 
     class Other(spnet.SPNet):
         def forward(self, x):
             return -super().forward(x)
 
-    with pytest.raises(spnet.LoweringError, match="Other is not one of spnet's own networks"):
+    with pytest.raises(spnet.LoweringError, match="the head calls neg, which no plan computes"):
         spnet.lower(Other([1], [4], num_classes=2).eval())
 
 

@@ -172,7 +172,7 @@ def test_all_open_gives_the_original_outputs(original, x):
     assert torch.equal(spnet.fast_forward(model, x, impl="masked", paths=paths), expected)
     assert torch.equal(spnet.fast_forward(model, x, impl="routed", paths=paths), expected)
     assert torch.equal(model(x), expected)  # fresh routers are open
-    assert torch.equal(settle(model, bias=-1e3)(x), spnet.fast_forward(model, x, paths=~paths))
+    assert torch.equal(settle(model, bias=-1e3)(x), spnet.fast_forward(model, x, impl="routed", paths=~paths))
 
 
 def test_parameters_stay_the_same_objects(original):
@@ -220,7 +220,7 @@ def test_stages_are_lines(block, x):
         explained = spnet.explain(model, x).blocks
         assert len(explained) == 5
         assert not any("copied" in what for what in explained.values())
-        assert list(explained.values()).count("untouched") == 4
+        assert sum(what in ("untouched", "a branch not taken") for what in explained.values()) == 4
 
 
 def test_state_dict_round_trip(block, x):

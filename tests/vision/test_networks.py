@@ -43,6 +43,9 @@ TIMM = {
     "nf_resnet26": (8, 64),
     "botnet26t_256": (8, 256),
 }
+# What the others compute is no plan: excitation, other activations, pooled shortcuts, BatchNorm before convolutions.
+PLANNED = {"resnet18": "walk", "resnet50": "walk", "wide_resnet50_2": "walk"}
+PLANNED |= dict.fromkeys(["resnext50_32x4d", "regnet_x_400mf", "regnetx_002"], "batch")  # groups
 WITH_DROP_PATH = {"resnet50d", "regnetx_002", "resnetv2_50"}
 
 
@@ -96,6 +99,9 @@ def test_convert(make, name, blocks, size):
     routed = spnet.fast_forward(model, x, impl="routed", paths=paths)
     torch.testing.assert_close(routed, masked, rtol=0, atol=1e-4 * masked.abs().max().item())
     assert not torch.equal(masked, expected)
+    assert spnet.explain(model, x).impl == PLANNED.get(name, "routed")
+    planned = spnet.fast_forward(model, x, paths=paths)
+    torch.testing.assert_close(planned, masked, rtol=0, atol=1e-4 * masked.abs().max().item())
 
     again = spnet.convert(make(name)).eval()
     again.load_state_dict(model.state_dict())

@@ -1,0 +1,353 @@
+"""Lowering: a routed network becomes a plan.
+
+What a network computes is found by running it on zeros and noting the functions of PyTorch that it calls. So it does
+not matter who wrote it: torchvision's and timm's are lowered as spnet's own, where they compute what a plan describes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.overrides import TorchFunctionMode
+
+from spnet.analysis.macs import count_macs
+from spnet.execution.device import check_device
+from spnet.execution.plan import LoweringError, Plan
+from spnet.execution.table import IDENTITY, PAD, PROJECTION, Block, Convolution, Network
+from spnet.models.resnet import PadShortcut, SPNet
+from spnet.routing import RoutedBlock, RoutedSequential, Router, _BatchNorm1d, active, routed_blocks, uncompiled
+
+
+@uncompiled
+def lower(model: nn.Module, input_shape: tuple[int, int, int] | None = None) -> Plan:
+    """Lower a routed network in evaluation mode: BatchNorm folded, two router logits folded into one margin.
+
+    Covers every network that computes: a stem of one convolution with BatchNorm and ReLU, with or without
+    max-pooling; :class:`spnet.RoutedBlock` after RoutedBlock; the average over all pixels; one linear layer. Those are
+    the networks of :func:`spnet.create_model`, and after :func:`spnet.convert` the plain ResNets of torchvision and
+    timm, ResNeXt and RegNetX. Bodies are convolutions with BatchNorm and ReLU, shortcuts the identity, option A or a
+    projection, activations ReLU; any depth, widths, groups and classes; float32 and bfloat16 on the CPU. On CUDA, where
+    nothing has been measured yet, with ``SPNET_EXPERIMENTAL_CUDA_BATCH=1`` in the environment: also float16; bodies of
+    1x1 and 3x3 convolutions of one group; compute capability 8.0 or higher; with ``SPNET_EXPERIMENTAL_CUDA_WALK=1``:
+    float16 and bfloat16 networks whose maps fit shared memory. The plan runs on the model's device.
+
+    Args:
+        model: the network; its forward is run on zeros.
+        input_shape: (C, H, W) of the images that the plan takes. An :class:`spnet.SPNet` says it itself.
+
+    Raises:
+        LoweringError: a network that does not fit; the message says why.
+    """
+    shape = shape_of(model) if input_shape is None else input_shape
+    if shape is None:
+        raise LoweringError(f"{type(model).__name__} does not say its input_shape (C, H, W)")
+    return assemble(model, shape, read(model, shape))
+
+
+def shape_of(model: nn.Module) -> tuple[int, int, int] | None:
+    """(C, H, W) of the images that a network takes; None where it takes any size."""
+    return (model.in_channels, model.input_size, model.input_size) if isinstance(model, SPNet) else None
+
+
+def first_weight(model: nn.Module) -> Tensor:
+    """A weight of a convolution, which tells device and dtype: routers, which keep float32, have none.
+
+    Raises:
+        LoweringError: there is none, or no plan of its dtype runs on its device.
+    """
+    weight = next((p for p in model.parameters() if p.dim() == 4), None)
+    if weight is None:
+        raise LoweringError(f"{type(model).__name__} has no convolution of images")
+    try:
+        check_device(weight.device, weight.dtype)
+    except ValueError as e:
+        raise LoweringError(str(e)) from e
+    return weight
+
+
+class Step(NamedTuple):
+    """One call of a forward."""
+
+    kind: str
+    of: dict[str, Any]  # its arguments but the first, which is what the step before has returned
+
+
+# What a plan computes, by the parameters of PyTorch's functions.
+def _convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1): ...
+def _batchnorm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5): ...
+def _relu(input, inplace=False): ...
+def _max_pool(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False): ...
+def _average_by_mean(input, dim=None, keepdim=False, *, dtype=None): ...
+def _average_by_size(input, output_size): ...
+def _average_by_kernel(
+    input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+): ...
+def _linear(input, weight, bias=None): ...
+def _same(input, *sizes, training=False, **options): ...
+
+
+_SPELLINGS: dict[Callable, list[Callable]] = {
+    _convolution: [F.conv2d],
+    _batchnorm: [F.batch_norm],
+    _relu: [F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_],
+    _max_pool: [F.max_pool2d],
+    _average_by_mean: [torch.mean, Tensor.mean],
+    _average_by_size: [F.adaptive_avg_pool2d],
+    _average_by_kernel: [F.avg_pool2d],
+    _linear: [F.linear],
+    _same: [torch.flatten, torch.reshape, torch.squeeze, F.dropout]
+    + [Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.squeeze, Tensor.contiguous, Tensor.to],
+}
+_CALLS = {f: (meant.__name__[1:], inspect.signature(meant)) for meant, all_ in _SPELLINGS.items() for f in all_}
+# What may be asked of a tensor: nothing that depends on its numbers.
+_QUESTIONS = set("__get__ __len__ _assert dim is_contiguous is_floating_point numel promote_types size stride".split())
+
+
+class _Notes(TorchFunctionMode):
+    """The steps of one forward, as a line: each takes what the one before has returned.
+
+    A mode belongs to its thread, so others may run their models meanwhile.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor):
+        super().__init__()
+        self.steps: list[Step] = []
+        self.last = x
+        self._own = {id(t) for t in (*model.parameters(), *model.buffers())}
+        self._place, self._blocks, self._pauses = "the stem", 0, False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if self._pauses or (name in _QUESTIONS and not isinstance(func(*args, **kwargs), Tensor)):
+            return func(*args, **kwargs)
+        if func not in _CALLS:
+            raise LoweringError(f"{self._place} calls {name}, which no plan computes")
+        kind, signature = _CALLS[func]
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        of, before = bound.arguments, self.last
+        if of.pop("input") is not before:
+            raise LoweringError(f"{self._place} is no line of layers: {name} takes another tensor than the last one")
+        if any(isinstance(t, Tensor) and id(t) not in self._own for t in of.values()):
+            raise LoweringError(f"{self._place} calls {name} with a tensor that is no parameter or buffer of the model")
+        self.last = func(*args, **kwargs)
+        if kind == "same":
+            if of["training"] or not _is_same(before, self.last):
+                raise LoweringError(f"{self._place} calls {name}, which does more than flatten a pooled vector")
+            return self.last
+        if kind.startswith("average") and not _is_global(of, before, self.last):
+            raise LoweringError(f"{self._place} calls {name}, but not over all pixels of each channel")
+        self.steps.append(Step(kind.partition("_by_")[0], of))
+        return self.last
+
+    def block(self, block: RoutedBlock, x: Tensor) -> Tensor:
+        if x is not self.last:
+            raise LoweringError(f"block {self._blocks} takes another tensor than the last one")
+        steps = self.steps
+        body, _ = self._part("body", block.body, x)
+        self._pauses = type(block.shortcut) is PadShortcut
+        shortcut, y = self._part("shortcut", block.shortcut, x)
+        self._pauses = False
+        activation, y = self._part("activation", block.activation, y)
+        steps.append(Step("block", {"block": block, "body": body, "shortcut": shortcut, "activation": activation}))
+        self.steps, self._place, self._blocks = steps, "the head", self._blocks + 1
+        return y
+
+    def _part(self, name: str, part: nn.Module, x: Tensor) -> tuple[list[Step], Tensor]:
+        self._place, self.steps, self.last = f"the {name} of block {self._blocks}", [], x
+        y = part(x)
+        if not self._pauses and y is not self.last:
+            raise LoweringError(f"{self._place} returns another tensor than its last layer")
+        self.last = y
+        return self.steps, y
+
+    def sequential(self, sequential: RoutedSequential, x: Tensor) -> Tensor:
+        for module in sequential:
+            x = module(x)
+        return x
+
+
+def _is_same(before: Tensor, after: Tensor) -> bool:
+    """Whether nothing changed but, of pooled vectors, the dtype and the axes of one pixel."""
+    if after.shape == before.shape and after.dtype == before.dtype:
+        return after.device == before.device
+    pooled = before.shape[2:].numel() == 1 and after.shape[2:].numel() == 1
+    return pooled and after.shape[:2] == before.shape[:2] and after.device == before.device
+
+
+def _is_global(of: dict[str, Any], before: Tensor, after: Tensor) -> bool:
+    if before.dim() != 4:
+        return False
+    if "dim" in of:
+        dims = of["dim"] if isinstance(of["dim"], (tuple, list)) else [of["dim"]]
+        return sorted(d if d is None else d % 4 for d in dims) == [2, 3]
+    if "output_size" in of:
+        return after.shape[2:].numel() == 1
+    kernel = of["kernel_size"] if isinstance(of["kernel_size"], (tuple, list)) else [of["kernel_size"]] * 2
+    return list(kernel) == list(before.shape[2:]) and _side(of["padding"]) == 0 and of["divisor_override"] is None
+
+
+def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
+    """The steps of a network's forward on an image of this shape: its functions outside of blocks, and its blocks.
+
+    Raises:
+        LoweringError: a plan has no such step, or the forward is no line of them.
+    """
+    weight = first_weight(model)
+    blocks = list(routed_blocks(model).values())
+    if not blocks:
+        raise LoweringError(f"{type(model).__name__} contains no RoutedBlock")
+    for module in model.modules():
+        if module.training:
+            raise LoweringError("the network is in training mode")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise LoweringError("a forward hook expects the modules to be called")
+        forward = vars(module).get("forward")
+        if forward is not None and not getattr(forward, "same_in_evaluation", False):
+            raise LoweringError(f"the forward of a {type(module).__name__} has been replaced")
+    x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
+    notes = _Notes(model, x)
+    try:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), active(notes), notes:
+            y = model.forward(x)  # not the code of model.compile()
+    except LoweringError:
+        raise
+    except Exception as e:  # whatever a model raises for an image that it does not take
+        raise LoweringError(f"{type(model).__name__} does not run on an image {list(shape)}: {e}") from e
+    if y is not notes.last:
+        raise LoweringError(f"{type(model).__name__} returns another tensor than its last layer")
+    found = [step.of["block"] for step in notes.steps if step.kind == "block"]
+    if len(set(map(id, found))) < len(found):
+        raise LoweringError("a block stands in two places, so its executions have no one column in the paths")
+    if list(map(id, found)) != list(map(id, blocks)):
+        raise LoweringError("the blocks do not run one by one in the order in which the model has them")
+    return notes.steps
+
+
+def tensors_of(steps: Iterable[Step]) -> set[int]:
+    """Ids of all parameters and buffers that a lowering of these steps reads."""
+    found = set()
+    for kind, of in steps:
+        own = of["block"].state_dict(keep_vars=True) if kind == "block" else of
+        found.update(id(t) for t in own.values() if isinstance(t, Tensor))
+    return found
+
+
+@torch.no_grad()
+def assemble(model: nn.Module, shape: tuple[int, int, int], steps: list[Step]) -> Plan:
+    """The plan of a network with these steps.
+
+    Raises:
+        LoweringError: they are in another order or of other sizes than a plan's.
+    """
+    kinds = [step.kind for step in steps]
+    begin = kinds.index("block")
+    end = begin + kinds.count("block")
+    if kinds[:begin] not in (_STEM, [*_STEM, "max_pool"]):
+        raise LoweringError("the stem is not a convolution with BatchNorm, ReLU and at most a max-pooling")
+    if kinds[begin:] != ["block"] * (end - begin) + ["average", "linear"] or steps[-1].of["bias"] is None:
+        raise LoweringError("what follows is not blocks, the average over all pixels and a linear layer with a bias")
+    first, weights = _fold("the stem", *steps[:2])
+    pool = _pool(steps[3].of) if begin == 4 else (0, 0, 0)
+    rows = []
+    for number, step in enumerate(steps[begin:end]):
+        row, folded = _lower_block(number, **step.of)
+        rows.append(row)
+        weights += folded
+    head = steps[-1].of
+    network = Network(*shape, len(head["weight"]), pool, first, tuple(rows))
+    flat = torch.cat([w.detach().float().flatten() for w in (*weights, head["weight"], head["bias"])])
+    macs = count_macs(model, shape)
+    try:
+        return Plan(network.table(), flat, macs, steps[0].of["weight"].dtype, head["weight"].device)
+    except ValueError as e:
+        raise LoweringError(str(e).removeprefix("plan: ")) from e
+
+
+_STEM = ["convolution", "batchnorm", "relu"]
+
+
+def _lower_block(
+    number: int, block: RoutedBlock, body: list[Step], shortcut: list[Step], activation: list[Step]
+) -> tuple[Block, list[Tensor]]:
+    """One block and the weights that belong to it."""
+    name, router = f"block {number}", block.router
+    if type(block) is not RoutedBlock or type(router) is not Router or [step.kind for step in activation] != ["relu"]:
+        raise LoweringError(f"{name} is no RoutedBlock with a spnet.Router and a ReLU")
+    convolutions, weights = _lower_chain(f"the body of {name}", body)
+    kind, stride, front = IDENTITY, 1, 0
+    if type(block.shortcut) is PadShortcut:
+        kind, stride, front = PAD, block.shortcut.stride, block.shortcut.pad[0]
+    elif shortcut:
+        [projection, *more], folded = _lower_chain(f"the shortcut of {name}", shortcut)
+        kind, stride = PROJECTION, projection.stride
+        if more or projection != Convolution(convolutions[0].cin, convolutions[-1].cout, 1, stride):
+            raise LoweringError(f"the shortcut of {name} is not a 1x1 convolution")
+        weights += folded
+    parts = type(router.fc1), type(router.bn), type(router.dropout), type(router.fc2)
+    if parts != (nn.Linear, _BatchNorm1d, nn.Dropout, nn.Linear) or router.fc2.out_features != 2:
+        raise LoweringError(f"the router of {name} does not consist of what a spnet.Router does")
+    if router.fc2.bias is None:
+        raise LoweringError(f"the router of {name} has no bias")
+    bn = router.bn
+    statistics = _statistics(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+    weights += fuse_linear_bn_weights(router.fc1.weight, router.fc1.bias, *statistics)
+    # The two logits matter by their difference alone.
+    (w_skip, w_execute), (b_skip, b_execute) = router.fc2.weight, router.fc2.bias
+    weights += [w_execute - w_skip, b_execute - b_skip]
+    return Block(tuple(convolutions), kind, stride, front, router.fc1.out_features), weights
+
+
+def _pool(of: dict[str, Any]) -> tuple[int, int, int]:
+    stride = of["kernel_size"] if of["stride"] is None else of["stride"]
+    sizes = [_side(of["kernel_size"]), _side(stride), _side(of["padding"])]
+    if None in sizes or _side(of["dilation"]) != 1 or of["ceil_mode"] or of["return_indices"]:
+        raise LoweringError("the stem has a max-pooling that is not square, undilated and rounded down")
+    return tuple(sizes)
+
+
+def _side(size: int | tuple[int, int]) -> int | None:
+    """Of a square; None where it is none."""
+    sides = set(size) if isinstance(size, (tuple, list)) else {size}
+    return sides.pop() if len(sides) == 1 and all(isinstance(n, int) for n in sides) else None
+
+
+def _lower_chain(name: str, steps: list[Step]) -> tuple[list[Convolution], list[Tensor]]:
+    """The shapes and folded weights of Conv-BN-ReLU-...-Conv-BN."""
+    kinds = [step.kind for step in steps]
+    if kinds != (_STEM * len(kinds))[: len(kinds)] or kinds[-1:] != ["batchnorm"]:
+        raise LoweringError(f"{name} is not a chain of convolutions with BatchNorm and ReLU")
+    shapes, weights = [], []
+    for conv, bn in zip(steps[::3], steps[1::3], strict=True):
+        shape, folded = _fold(name, conv, bn)
+        shapes.append(shape)
+        weights += folded
+    return shapes, weights
+
+
+def _fold(name: str, conv: Step, bn: Step) -> tuple[Convolution, list[Tensor]]:
+    of, weight = conv.of, conv.of["weight"]
+    kernel, stride, padding = _side(weight.shape[2:]), _side(of["stride"]), _side(of["padding"])
+    if None in (kernel, stride, padding) or _side(of["dilation"]) != 1:
+        raise LoweringError(f"{name} has a convolution that is not square, undilated and zero-padded")
+    if bn.of["training"]:
+        raise LoweringError(f"{name} has a BatchNorm without running statistics")
+    bias = None if of["bias"] is None else of["bias"].float()
+    names = "running_mean", "running_var", "weight", "bias", "eps"
+    folded = fuse_conv_bn_weights(weight.float(), bias, *_statistics(*map(bn.of.get, names)))
+    shape = Convolution(weight.shape[1] * of["groups"], len(weight), kernel, stride, padding, of["groups"])
+    return shape, list(folded)
+
+
+def _statistics(mean: Tensor | None, var: Tensor, weight: Tensor | None, bias: Tensor, eps: float) -> tuple:
+    if mean is None or weight is None:
+        raise LoweringError("a BatchNorm has no running statistics or no weights")
+    # In float32 also for a half model: its rounding belongs at the end.
+    return mean.float(), var.float(), eps, weight.float(), bias.float()

@@ -1,0 +1,325 @@
+"""Networks of others: what their forward computes is found by running it, and their plans are never stale either."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spnet
+from spnet.execution import kept, lowering
+from spnet.native import core
+from spnet.routing import routed_blocks
+from tests.conftest import settle
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 2 * width, 1)
+        self.bn3 = nn.BatchNorm2d(2 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride > 1 or channels != 2 * width:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, 2 * width, 1, stride), nn.BatchNorm2d(2 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        y += x if self.downsample is None else self.downsample(x)
+        return self.relu(y)
+
+
+class ResNet(nn.Module):
+    """In the way of torchvision."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm_layer = nn.BatchNorm2d
+        self.features = [{"stage": 1, "reduction": 4}]
+        self.scale, self.drop_rate, self.activation = 1, 0.0, F.relu
+        self.conv1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(Bottleneck(8, 8, 1), Bottleneck(16, 8, 1))
+        self.layer2 = nn.Sequential(Bottleneck(16, 12, 2), Bottleneck(24, 12, 1))
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(24, 5)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.avgpool(self.layer2(self.layer1(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "expected a batch")
+        x = F.dropout(torch.flatten(self.pooled(x), 1), self.drop_rate, self.training)
+        x = self.fc(x)
+        return x if self.scale == 1 else self.scale * x
+
+
+class Basic(nn.Module):
+    def __init__(self, channels: int, groups: int = 1):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, groups=groups), nn.BatchNorm2d(channels), nn.ReLU()),
+            nn.Identity(),
+            nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.body(x))
+
+
+class Functional(nn.Module):
+    """In the way of the early networks for CIFAR."""
+
+    def __init__(self, groups: int = 1):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layers = nn.Sequential(Basic(16, groups), Basic(16, groups), Basic(16, groups), Basic(16, groups))
+        self.linear = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(F.relu(self.bn(self.conv(x))))
+        x = F.avg_pool2d(x, x.size()[2:])
+        return self.linear(x.view(x.size(0), -1))
+
+
+class Mean(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.layers(torch.relu(self.bn(self.conv(x)))).mean([-1, -2]).contiguous())
+
+
+def routed(network: nn.Module) -> nn.Module:
+    return settle(spnet.convert(network))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return routed(ResNet())
+
+
+def agrees(model: nn.Module, x: Tensor, **options) -> None:
+    expected = spnet.fast_forward(model, x, impl="masked", **options)
+    got = spnet.fast_forward(model, x, **options)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (45, 31)])
+@pytest.mark.parametrize(
+    ("make", "impl"), [(ResNet, "walk"), (Functional, "walk"), (Mean, "walk"), (lambda: Functional(4), "batch")]
+)
+def test_networks_of_others(make, impl, size):
+    model, x = routed(make()), torch.randn(5, 3, *size)
+    assert spnet.explain(model, x).impl == impl
+    agrees(model, x)
+    agrees(model, x, paths=torch.rand(5, 4) < 0.5)
+    assert spnet.fast_forward(model, x[:0]).shape == (0, 5)
+    plan = spnet.lower(model, (3, *size))
+    assert torch.equal(plan(x), spnet.fast_forward(model, x))
+    assert plan.macs.dense == spnet.fast_forward(model, x, return_paths=True, impl="masked")[1].dense_macs
+
+
+@pytest.mark.skipif(not core.has_bfloat16(), reason="this processor does not multiply bfloat16")
+def test_bfloat16(model):
+    x, paths = torch.randn(4, 3, 32, 32), torch.rand(4, 4) < 0.5
+    expected = spnet.fast_forward(model, x, paths=paths)
+    got = spnet.fast_forward(model.bfloat16(), x.bfloat16(), paths=paths)
+    assert spnet.explain(model, x.bfloat16()).impl == "walk"
+    assert (got.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def _scale(model):
+    model.scale = 2
+
+
+def _write_list(model):
+    model.features[0]["stage"] = 2
+
+
+def _write_weight(model):
+    model.layer1[0].body[0].weight.data.mul_(2)
+
+
+def _replace_layer(model):
+    model.fc = nn.Linear(24, 5).eval()
+
+
+@pytest.mark.parametrize(
+    ("change", "lowered"), [(_scale, 1), (_write_list, 2), (_write_weight, 2), (_replace_layer, 2)]
+)
+def test_the_plan_follows_the_model(model, monkeypatch, change, lowered):
+    """Also where what has changed decides what the forward does."""
+    calls, x, paths = [], torch.randn(3, 3, 32, 32), torch.ones(3, 4, dtype=torch.bool)
+    monkeypatch.setattr(kept, "assemble", lambda *args: calls.append(1) or lowering.assemble(*args))
+    agrees(model, x, paths=paths)
+    agrees(model, x, paths=paths)
+    assert len(calls) == 1
+    change(model)
+    agrees(model, x, paths=paths)
+    assert len(calls) == lowered
+
+
+class Counting(ResNet):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Branching(ResNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.mean() > 0 else -x)
+
+
+class Looking(ResNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.equal(x, x) else x
+
+
+class Skipping(ResNet):
+    def pooled(self, x: Tensor) -> Tensor:
+        F.relu(x)
+        return super().pooled(x)
+
+
+class Twice(ResNet):
+    def pooled(self, x: Tensor) -> Tensor:
+        y = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        return self.avgpool(self.layer2(y)) + self.avgpool(y).repeat(1, 2, 1, 1)[:, :24]
+
+
+class Half(ResNet):
+    def pooled(self, x: Tensor) -> Tensor:
+        return super().pooled(x)[:, :12].repeat(1, 2, 1, 1)
+
+
+class Dropping(ResNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.dropout(self.pooled(x).flatten(1), 0.5))
+
+
+class Foreign(ResNet):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Identity()
+        self.weights = torch.randn(5, 24), torch.randn(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.pooled(x).flatten(1), *self.weights)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Branching, "the stem calls mean, but not over all pixels"),
+        (Looking, "the stem calls equal, which no plan computes"),
+        (Skipping, "the stem is no line of layers: conv2d takes another tensor than the last one"),
+        (Twice, "the head is no line of layers: adaptive_avg_pool2d takes another"),
+        (Half, "the head calls __getitem__"),
+        (Dropping, "the head calls dropout, which does more than flatten"),
+        (Foreign, "the head calls linear with a tensor that is no parameter or buffer"),
+    ],
+)
+def test_what_is_no_line_is_routed(make, reason):
+    model, x = routed(make()), torch.randn(3, 3, 32, 32)
+    with pytest.raises(spnet.LoweringError, match=reason):
+        spnet.lower(model, (3, 32, 32))
+    if make is not Dropping:
+        agrees(model, x)
+    assert spnet.explain(model, x).impl == "routed"
+
+
+def test_a_forward_that_changes_its_attributes_is_routed():
+    model, x = routed(Counting()), torch.randn(3, 3, 32, 32)
+    agrees(model, x)
+    before = model.calls
+    spnet.fast_forward(model, x)
+    assert model.calls > before
+    with pytest.raises(ValueError, match="impl: 'walk' does not fit .* the forward of Counting changes its attributes"):
+        spnet.fast_forward(model, x, impl="walk")
+
+
+def test_what_may_change_unseen_is_routed(model):
+    x = torch.randn(3, 3, 32, 32)
+    model.options = object()
+    with pytest.raises(ValueError, match="attribute 'options' of a ResNet may change unseen"):
+        spnet.fast_forward(model, x, impl="walk")
+    agrees(model, x)
+    assert spnet.explain(model, x).impl == "routed"
+    assert spnet.lower(model, (3, 32, 32)).impl == "walk"  # a plan that nobody compares
+    del model.options
+    assert spnet.explain(model, x).impl == "walk"
+
+
+def test_what_does_not_fit_is_looked_at_once(monkeypatch):
+    model, x, calls = routed(Half()), torch.randn(3, 3, 32, 32), []
+    monkeypatch.setattr(kept, "read", lambda *args: calls.append(1) or lowering.read(*args))
+    for _ in range(3):
+        spnet.fast_forward(model, x)
+    assert len(calls) == 1
+    model.scale = 1.0
+    spnet.fast_forward(model, x)
+    assert len(calls) == 2
+    spnet.fast_forward(model, torch.randn(3, 3, 40, 40))
+    assert len(calls) == 3
+
+
+def test_images_of_several_shapes(model, monkeypatch):
+    calls = []
+    monkeypatch.setattr(kept, "assemble", lambda *args: calls.append(1) or lowering.assemble(*args))
+    sizes = range(32, 32 + kept.MOST_SHAPES + 2)
+    for _ in range(2):
+        for size in sizes:
+            agrees(model, torch.randn(2, 3, size, 32))
+    assert len(calls) == kept.MOST_SHAPES
+    assert "plans for images of 4 other shapes are kept" in str(spnet.explain(model, torch.randn(2, 3, 37, 32)))
+
+
+def test_an_image_that_the_network_does_not_take(model):
+    for x in (torch.randn(2, 4, 32, 32), torch.randn(2, 3)):
+        with pytest.raises((RuntimeError, AssertionError)):
+            spnet.fast_forward(model, x)
+        with pytest.raises(ValueError, match="impl: 'walk' does not fit this model: "):
+            spnet.fast_forward(model, x, impl="walk")
+    with pytest.raises(TypeError, match="x: expected a Tensor, got list"):
+        spnet.fast_forward(model, [1.0])
+    with pytest.raises(ValueError, match="x: expected torch.float32"):
+        spnet.fast_forward(model, torch.randn(2, 3, 32, 32).double())
+
+
+def test_calibrated_for_its_images():
+    model, x = routed(Functional(4)), torch.randn(6, 3, 16, 16)
+    plan = spnet.calibrate(model, [x, x])
+    assert plan.input_shape == (3, 16, 16)
+    assert torch.equal(plan.rates, plan(x, return_paths=True)[1].decisions.float().mean(0))
+
+
+def test_lowering_beside_other_threads(model):
+    """What is noted is what this thread calls."""
+    other, stop, failures = routed(Functional()), threading.Event(), []
+    x = torch.randn(2, 3, 32, 32)
+    expected = other(x)
+
+    def run():
+        while not stop.is_set():
+            if not torch.equal(other(x), expected):
+                failures.append(1)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for _ in range(20):
+            assert spnet.lower(model, (3, 32, 32)).num_blocks == len(routed_blocks(model))
+    finally:
+        stop.set()
+        thread.join()
+    assert not failures
