@@ -110,7 +110,7 @@ _QUESTIONS = set("__get__ __len__ _assert dim is_contiguous is_floating_point nu
 
 
 class _Notes(TorchFunctionMode):
-    """The steps of one forward, as a line: each takes what the one before has returned.
+    """The steps of one forward, as a line: each takes what the one before has returned, and as that has left it.
 
     A mode belongs to its thread, so others may run their models meanwhile.
     """
@@ -118,7 +118,7 @@ class _Notes(TorchFunctionMode):
     def __init__(self, model: nn.Module, x: Tensor):
         super().__init__()
         self.steps: list[Step] = []
-        self.last = x
+        self._take(x)
         self._own = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._place, self._blocks, self._pauses = "the stem", 0, False
 
@@ -132,41 +132,50 @@ class _Notes(TorchFunctionMode):
         kind, signature = _CALLS[func]
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        of, before = bound.arguments, self.last
-        if of.pop("input") is not before:
+        of, before = bound.arguments, bound.arguments.pop("input")
+        if not self.is_last(before):
             raise LoweringError(f"{self._place} is no line of layers: {name} takes another tensor than the last one")
         if any(isinstance(t, Tensor) and id(t) not in self._own for t in of.values()):
             raise LoweringError(f"{self._place} calls {name} with a tensor that is no parameter or buffer of the model")
-        self.last = func(*args, **kwargs)
+        after = self._take(func(*args, **kwargs))
         if kind == "same":
-            if of["training"] or not _is_same(before, self.last):
+            if of["training"] or not _is_same(before, after):
                 raise LoweringError(f"{self._place} calls {name}, which does more than flatten a pooled vector")
-            return self.last
-        if kind.startswith("average") and not _is_global(of, before, self.last):
+            return after
+        if kind.startswith("average") and not _is_global(of, before, after):
             raise LoweringError(f"{self._place} calls {name}, but not over all pixels of each channel")
         self.steps.append(Step(kind.partition("_by_")[0], of))
-        return self.last
+        return after
+
+    def _take(self, x: Tensor) -> Tensor:
+        self._last, self._version = x, x._version
+        return x
+
+    def is_last(self, x: object) -> bool:
+        """Whether nothing is left to note: what no function of PyTorch's changes in place has another version."""
+        return x is self._last and x._version == self._version
 
     def block(self, block: RoutedBlock, x: Tensor) -> Tensor:
-        if x is not self.last:
+        if not self.is_last(x):
             raise LoweringError(f"block {self._blocks} takes another tensor than the last one")
-        steps = self.steps
+        steps, version = self.steps, x._version
         body, _ = self._part("body", block.body, x)
         self._pauses = type(block.shortcut) is PadShortcut
         shortcut, y = self._part("shortcut", block.shortcut, x)
         self._pauses = False
+        if x._version != version:
+            raise LoweringError(f"block {self._blocks} changes its input")
         activation, y = self._part("activation", block.activation, y)
         steps.append(Step("block", {"block": block, "body": body, "shortcut": shortcut, "activation": activation}))
         self.steps, self._place, self._blocks = steps, "the head", self._blocks + 1
         return y
 
     def _part(self, name: str, part: nn.Module, x: Tensor) -> tuple[list[Step], Tensor]:
-        self._place, self.steps, self.last = f"the {name} of block {self._blocks}", [], x
-        y = part(x)
-        if not self._pauses and y is not self.last:
+        self._place, self.steps = f"the {name} of block {self._blocks}", []
+        y = part(self._take(x))
+        if not self._pauses and not self.is_last(y):
             raise LoweringError(f"{self._place} returns another tensor than its last layer")
-        self.last = y
-        return self.steps, y
+        return self.steps, self._take(y)
 
     def sequential(self, sequential: RoutedSequential, x: Tensor) -> Tensor:
         for module in sequential:
@@ -194,6 +203,8 @@ def _is_global(of: dict[str, Any], before: Tensor, after: Tensor) -> bool:
     return list(kernel) == list(before.shape[2:]) and _side(of["padding"]) == 0 and of["divisor_override"] is None
 
 
+@torch.inference_mode(False)  # where tensors have no versions
+@torch.no_grad()
 def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
     """The steps of a network's forward on an image of this shape: its functions outside of blocks, and its blocks.
 
@@ -215,13 +226,13 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
     x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
     notes = _Notes(model, x)
     try:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), active(notes), notes:
+        with torch.autocast(x.device.type, enabled=False), active(notes), notes:
             y = model.forward(x)  # not the code of model.compile()
     except LoweringError:
         raise
     except Exception as e:  # whatever a model raises for an image that it does not take
         raise LoweringError(f"{type(model).__name__} does not run on an image {list(shape)}: {e}") from e
-    if y is not notes.last:
+    if not notes.is_last(y):
         raise LoweringError(f"{type(model).__name__} returns another tensor than its last layer")
     found = [step.of["block"] for step in notes.steps if step.kind == "block"]
     if len(set(map(id, found))) < len(found):

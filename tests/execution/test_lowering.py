@@ -121,6 +121,8 @@ def test_networks_of_others(make, impl, size):
     assert spnet.explain(model, x).impl == impl
     agrees(model, x)
     agrees(model, x, paths=torch.rand(5, 4) < 0.5)
+    with torch.inference_mode():
+        agrees(routed(make()), x)
     assert spnet.fast_forward(model, x[:0]).shape == (0, 5)
     plan = spnet.lower(model, (3, *size))
     assert torch.equal(plan(x), spnet.fast_forward(model, x))
@@ -191,6 +193,22 @@ class Skipping(ResNet):
         return super().pooled(x)
 
 
+class Double(torch.autograd.Function):
+    """Of another library, in place: no function of PyTorch's is called."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        with torch._C.DisableTorchFunction():
+            return x.mul_(2)
+
+
+class Unseen(ResNet):
+    def pooled(self, x: Tensor) -> Tensor:
+        x = self.maxpool(Double.apply(self.relu(self.bn1(self.conv1(x)))))
+        return self.avgpool(self.layer2(self.layer1(x)))
+
+
 class Twice(ResNet):
     def pooled(self, x: Tensor) -> Tensor:
         y = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
@@ -223,6 +241,7 @@ class Foreign(ResNet):
         (Branching, "the stem calls mean, but not over all pixels"),
         (Looking, "the stem calls equal, which no plan computes"),
         (Skipping, "the stem is no line of layers: conv2d takes another tensor than the last one"),
+        (Unseen, "the stem is no line of layers: max_pool2d takes another"),
         (Twice, "the head is no line of layers: adaptive_avg_pool2d takes another"),
         (Half, "the head calls __getitem__"),
         (Dropping, "the head calls dropout, which does more than flatten"),
