@@ -269,6 +269,13 @@ def test_compiled_parts_that_hide_blocks_are_refused(network, in_place):
         network.features.stage2 = torch.compile(stage, backend="eager")
     with pytest.raises(ValueError, match="model: 'features.stage2' is compiled, which hides its RoutedBlocks"):
         spnet.fast_forward(network, torch.zeros(1, 1, 32, 32), impl="routed")
+    if in_place:  # a plan calls no module
+        x = torch.randn(3, 1, 32, 32)
+        expected = network(x)
+        for part in (network.features.stem, network.features.stage1[1].body, network):
+            part.compile(backend="eager")
+        assert spnet.lower(network).impl == "walk"
+        torch.testing.assert_close(spnet.fast_forward(network, x, impl="walk"), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_bodies(network):

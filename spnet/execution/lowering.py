@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ def lower(model: nn.Module, input_shape: tuple[int, int, int] | None = None) -> 
     Raises:
         LoweringError: a network that does not fit; the message says why.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     shape = shape_of(model) if input_shape is None else input_shape
     if shape is None:
         raise LoweringError(f"{type(model).__name__} does not say its input_shape (C, H, W)")
@@ -215,7 +217,10 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
     blocks = list(routed_blocks(model).values())
     if not blocks:
         raise LoweringError(f"{type(model).__name__} contains no RoutedBlock")
+    eager = nullcontext()
     for module in model.modules():
+        if module._compiled_call_impl is not None:  # by .compile()
+            eager = torch.compiler.set_stance("force_eager")
         if module.training:
             raise LoweringError("the network is in training mode")
         if module._forward_hooks or module._forward_pre_hooks:
@@ -226,8 +231,8 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
     x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
     notes = _Notes(model, x)
     try:
-        with torch.autocast(x.device.type, enabled=False), active(notes), notes:
-            y = model.forward(x)  # not the code of model.compile()
+        with eager, torch.autocast(x.device.type, enabled=False), active(notes), notes:
+            y = model(x)
     except LoweringError:
         raise
     except Exception as e:  # whatever a model raises for an image that it does not take

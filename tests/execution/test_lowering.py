@@ -116,7 +116,7 @@ def agrees(model: nn.Module, x: Tensor, **options) -> None:
 @pytest.mark.parametrize(
     ("make", "impl"), [(ResNet, "walk"), (Functional, "walk"), (Mean, "walk"), (lambda: Functional(4), "batch")]
 )
-def test_networks_of_others(make, impl, size):
+def test_networks_of_others(make, impl, size, tmp_path):
     model, x = routed(make()), torch.randn(5, 3, *size)
     assert spnet.explain(model, x).impl == impl
     agrees(model, x)
@@ -126,6 +126,9 @@ def test_networks_of_others(make, impl, size):
     assert spnet.fast_forward(model, x[:0]).shape == (0, 5)
     plan = spnet.lower(model, (3, *size))
     assert torch.equal(plan(x), spnet.fast_forward(model, x))
+    plan.save(tmp_path / "plan")
+    assert torch.equal(spnet.load_plan(tmp_path / "plan")(x), plan(x))
+    assert torch.equal(spnet.lower(torch.compile(model, backend="eager"), (3, *size))(x), plan(x))
     assert plan.macs.dense == spnet.fast_forward(model, x, return_paths=True, impl="masked")[1].dense_macs
 
 
