@@ -233,7 +233,7 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
     try:
         with eager, torch.autocast(x.device.type, enabled=False), active(notes), notes:
             y = model(x)
-    except LoweringError:
+    except (LoweringError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:  # whatever a model raises for an image that it does not take
         raise LoweringError(f"{type(model).__name__} does not run on an image {list(shape)}: {e}") from e
