@@ -51,7 +51,8 @@ def convert(
     original's, and in evaluation mode every block starts open; train the routers with :func:`forward_training`.
 
     Stochastic depth, squeeze-and-excitation, anti-aliasing and any activation are taken along as parts of the body,
-    the shortcut or the activation.
+    the shortcut or the activation. Where they are convolutions with BatchNorm and ReLU only, as in plain ResNets,
+    :func:`spnet.fast_forward` runs the network by a plan (see :func:`spnet.lower`), else by "routed".
 
     Args:
         model: a network of blocks that compute ``activation(shortcut(x) + body(x))``, or the same without

@@ -1,6 +1,8 @@
 """Networks of others: what their forward computes is found by running it, and their plans are never stale either."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -293,6 +295,16 @@ def test_what_does_not_fit_is_looked_at_once(monkeypatch):
     assert len(calls) == 2
     spnet.fast_forward(model, torch.randn(3, 3, 40, 40))
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("make", [ResNet, Half])
+def test_neither_plan_nor_refusal_keeps_its_model(make):
+    model = routed(make())
+    spnet.fast_forward(model, torch.randn(2, 3, 32, 32))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_images_of_several_shapes(model, monkeypatch):
