@@ -29,14 +29,15 @@ from spnet.routing import RoutedBlock, RoutedSequential, Router, _BatchNorm1d, a
 def lower(model: nn.Module, input_shape: tuple[int, int, int] | None = None) -> Plan:
     """Lower a routed network in evaluation mode: BatchNorm folded, two router logits folded into one margin.
 
-    Covers every network that computes: a stem of one convolution with BatchNorm and ReLU, with or without
-    max-pooling; :class:`spnet.RoutedBlock` after RoutedBlock; the average over all pixels; one linear layer. Those are
-    the networks of :func:`spnet.create_model`, and after :func:`spnet.convert` the plain ResNets of torchvision and
-    timm, ResNeXt and RegNetX. Bodies are convolutions with BatchNorm and ReLU, shortcuts the identity, option A or a
-    projection, activations ReLU; any depth, widths, groups and classes; float32 and bfloat16 on the CPU. On CUDA, where
-    nothing has been measured yet, with ``SPNET_EXPERIMENTAL_CUDA_BATCH=1`` in the environment: also float16; bodies of
-    1x1 and 3x3 convolutions of one group; compute capability 8.0 or higher; with ``SPNET_EXPERIMENTAL_CUDA_WALK=1``:
-    float16 and bfloat16 networks whose maps fit shared memory. The plan runs on the model's device.
+    Covers every network that computes: a stem of one convolution with ReLU, with or without max-pooling;
+    :class:`spnet.RoutedBlock` after RoutedBlock; the average over all pixels; one linear layer. Those are the networks
+    of :func:`spnet.create_model`, and after :func:`spnet.convert` the plain ResNets of torchvision and timm, ResNeXt
+    and RegNetX. Bodies are convolutions with ReLU between them, shortcuts the identity, option A or a projection,
+    activations ReLU, with or without BatchNorm behind a convolution; any depth, widths, groups and classes; float32 and
+    bfloat16 on the CPU. On CUDA, where nothing has been measured yet, with ``SPNET_EXPERIMENTAL_CUDA_BATCH=1`` in the
+    environment: also float16; bodies of 1x1 and 3x3 convolutions of one group; compute capability 8.0 or higher; with
+    ``SPNET_EXPERIMENTAL_CUDA_WALK=1``: float16 and bfloat16 networks whose maps fit shared memory. The plan runs on the
+    model's device.
 
     Args:
         model: the network; its forward is run on zeros.
@@ -251,8 +252,8 @@ def tensors_of(steps: Iterable[Step]) -> set[int]:
     """Ids of all parameters and buffers that a lowering of these steps reads."""
     found = set()
     for kind, of in steps:
-        own = of["block"].state_dict(keep_vars=True) if kind == "block" else of
-        found.update(id(t) for t in own.values() if isinstance(t, Tensor))
+        own = (*of["block"].parameters(), *of["block"].buffers()) if kind == "block" else of.values()
+        found.update(id(t) for t in own if isinstance(t, Tensor))
     return found
 
 
@@ -266,12 +267,14 @@ def assemble(model: nn.Module, shape: tuple[int, int, int], steps: list[Step]) -
     kinds = [step.kind for step in steps]
     begin = kinds.index("block")
     end = begin + kinds.count("block")
-    if kinds[:begin] not in (_STEM, [*_STEM, "max_pool"]):
+    stem, pool = steps[:begin], (0, 0, 0)
+    if stem and stem[-1].kind == "max_pool":
+        pool = _pool(stem.pop().of)
+    if [step.kind for step in stem if step.kind != "batchnorm"] != ["convolution", "relu"]:
         raise LoweringError("the stem is not a convolution with BatchNorm, ReLU and at most a max-pooling")
     if kinds[begin:] != ["block"] * (end - begin) + ["average", "linear"] or steps[-1].of["bias"] is None:
         raise LoweringError("what follows is not blocks, the average over all pixels and a linear layer with a bias")
-    first, weights = _fold("the stem", *steps[:2])
-    pool = _pool(steps[3].of) if begin == 4 else (0, 0, 0)
+    [first], weights = _lower_chain("the stem", stem[:-1])
     rows = []
     for number, step in enumerate(steps[begin:end]):
         row, folded = _lower_block(number, **step.of)
@@ -285,9 +288,6 @@ def assemble(model: nn.Module, shape: tuple[int, int, int], steps: list[Step]) -
         return Plan(network.table(), flat, macs, steps[0].of["weight"].dtype, head["weight"].device)
     except ValueError as e:
         raise LoweringError(str(e).removeprefix("plan: ")) from e
-
-
-_STEM = ["convolution", "batchnorm", "relu"]
 
 
 def _lower_block(
@@ -336,28 +336,35 @@ def _side(size: int | tuple[int, int]) -> int | None:
 
 
 def _lower_chain(name: str, steps: list[Step]) -> tuple[list[Convolution], list[Tensor]]:
-    """The shapes and folded weights of Conv-BN-ReLU-...-Conv-BN."""
-    kinds = [step.kind for step in steps]
-    if kinds != (_STEM * len(kinds))[: len(kinds)] or kinds[-1:] != ["batchnorm"]:
-        raise LoweringError(f"{name} is not a chain of convolutions with BatchNorm and ReLU")
+    """The shapes and folded weights of Conv-BN-ReLU-...-Conv-BN; a BatchNorm may be missing."""
+    layers: list[list[Step]] = [[]]
+    for step in steps:
+        if step.kind == "relu":
+            layers.append([])
+        else:
+            layers[-1].append(step)
     shapes, weights = [], []
-    for conv, bn in zip(steps[::3], steps[1::3], strict=True):
-        shape, folded = _fold(name, conv, bn)
+    for layer in layers:
+        if [step.kind for step in layer] not in (["convolution"], ["convolution", "batchnorm"]):
+            raise LoweringError(f"{name} is not a chain of convolutions with BatchNorm and ReLU")
+        shape, folded = _fold(name, *layer)
         shapes.append(shape)
         weights += folded
     return shapes, weights
 
 
-def _fold(name: str, conv: Step, bn: Step) -> tuple[Convolution, list[Tensor]]:
+def _fold(name: str, conv: Step, bn: Step | None = None) -> tuple[Convolution, list[Tensor]]:
     of, weight = conv.of, conv.of["weight"]
     kernel, stride, padding = _side(weight.shape[2:]), _side(of["stride"]), _side(of["padding"])
     if None in (kernel, stride, padding) or _side(of["dilation"]) != 1:
         raise LoweringError(f"{name} has a convolution that is not square, undilated and zero-padded")
-    if bn.of["training"]:
-        raise LoweringError(f"{name} has a BatchNorm without running statistics")
-    bias = None if of["bias"] is None else of["bias"].float()
-    names = "running_mean", "running_var", "weight", "bias", "eps"
-    folded = fuse_conv_bn_weights(weight.float(), bias, *_statistics(*map(bn.of.get, names)))
+    bias = torch.zeros_like(weight[:, 0, 0, 0]) if of["bias"] is None else of["bias"]
+    folded = weight.float(), bias.float()
+    if bn is not None:
+        if bn.of["training"]:
+            raise LoweringError(f"{name} has a BatchNorm without running statistics")
+        names = "running_mean", "running_var", "weight", "bias", "eps"
+        folded = fuse_conv_bn_weights(*folded, *_statistics(*map(bn.of.get, names)))
     shape = Convolution(weight.shape[1] * of["groups"], len(weight), kernel, stride, padding, of["groups"])
     return shape, list(folded)
 

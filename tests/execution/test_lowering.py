@@ -94,6 +94,16 @@ class Functional(nn.Module):
         return self.linear(x.view(x.size(0), -1))
 
 
+class Fused(Functional):
+    """Whose BatchNorm has been folded, by others."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.Identity()
+        for block in self.layers:
+            block.body[0][1] = block.body[2][1] = nn.Identity()
+
+
 class Mean(Functional):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.layers(torch.relu(self.bn(self.conv(x)))).mean([-1, -2]).contiguous())
@@ -116,7 +126,8 @@ def agrees(model: nn.Module, x: Tensor, **options) -> None:
 
 @pytest.mark.parametrize("size", [(32, 32), (45, 31)])
 @pytest.mark.parametrize(
-    ("make", "impl"), [(ResNet, "walk"), (Functional, "walk"), (Mean, "walk"), (lambda: Functional(4), "batch")]
+    ("make", "impl"),
+    [(ResNet, "walk"), (Functional, "walk"), (Mean, "walk"), (Fused, "walk"), (lambda: Functional(4), "batch")],
 )
 def test_networks_of_others(make, impl, size, tmp_path):
     model, x = routed(make()), torch.randn(5, 3, *size)
