@@ -322,7 +322,7 @@ def test_explain_names_the_batch_execution():
 def test_explain_says_that_a_block_outside_a_line_is_copied():
     block = spnet.RoutedBlock(nn.Conv2d(4, 4, 1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)))
     text = str(spnet.explain(nn.Sequential(block).eval(), torch.zeros(1, 4, 4, 4)))
-    assert "walk and batch do not fit: the stem is not a convolution" in text
+    assert "walk and batch do not fit: Sequential does not return logits" in text
     assert "not a child of a RoutedSequential" in text
     assert "not a spnet.Router" in text
 

@@ -238,8 +238,10 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
         raise
     except Exception as e:  # whatever a model raises for an image that it does not take
         raise LoweringError(f"{type(model).__name__} does not run on an image {list(shape)}: {e}") from e
-    if not notes.is_last(y) or y.dim() != 2 or y.dtype != weight.dtype:
+    if not notes.is_last(y):
         raise LoweringError(f"{type(model).__name__} returns another tensor than its last layer")
+    if y.dim() != 2 or y.dtype != weight.dtype:
+        raise LoweringError(f"{type(model).__name__} does not return logits [B, classes] of its weights' dtype")
     found = [step.of["block"] for step in notes.steps if step.kind == "block"]
     if len(set(map(id, found))) < len(found):
         raise LoweringError("a block stands in two places, so its executions have no one column in the paths")

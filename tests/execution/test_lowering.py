@@ -277,9 +277,9 @@ class Foreign(ResNet):
         (Twice, "the head is no line of layers: adaptive_avg_pool2d takes another"),
         (Half, "the head calls __getitem__"),
         (Dropping, "the head calls dropout, which does more than flatten"),
-        (Wider, "Wider returns another tensor than its last layer"),
-        (Shaped, "Shaped returns another tensor"),
-        (Both, "Both returns another tensor"),
+        (Wider, "Wider does not return logits .* of its weights' dtype"),
+        (Shaped, r"Shaped does not return logits \[B, classes\]"),
+        (Both, "Both returns another tensor than its last layer"),
         (Foreign, "the head calls linear with a tensor that is no parameter or buffer"),
     ],
 )
