@@ -8,10 +8,11 @@ per sample. This file computes everything and then selects (``masked``); the oth
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -209,12 +210,18 @@ class RoutedSequential(nn.Sequential):
         return super().forward(x)
 
 
-class Run(Protocol):
+class Run(ABC):
     """One forward of one model by one execution; see ``spnet.execution``."""
 
-    def block(self, block: RoutedBlock, x: Tensor) -> Tensor: ...
+    @abstractmethod
+    def block(self, block: RoutedBlock, x: Tensor) -> Tensor:
+        """What a RoutedBlock returns."""
 
-    def sequential(self, sequential: RoutedSequential, x: Tensor) -> Tensor: ...
+    def sequential(self, sequential: RoutedSequential, x: Tensor) -> Tensor:
+        """What a RoutedSequential returns."""
+        for module in sequential:
+            x = module(x)
+        return x
 
 
 # A context variable and not module state: two threads may run one model at once.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from spnet.routing import RoutedBlock, RoutedSequential, active, routed_blocks
+from spnet.routing import RoutedBlock, Run, active, routed_blocks
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-class _DenseRun:
+class _DenseRun(Run):
     """One forward that executes every block and notes what its parts cost."""
 
     def __init__(self, counter: _Counter):
@@ -129,11 +129,6 @@ class _DenseRun:
         router, shortcut, body = (after - before for before, after in zip(marks, marks[1:], strict=False))
         self.parts[id(block)] = body, shortcut, router
         return block.activation(outputs[1] + outputs[2])
-
-    def sequential(self, sequential: RoutedSequential, x: Tensor) -> Tensor:
-        for module in sequential:
-            x = module(x)
-        return x
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from spnet.execution.device import check_device
 from spnet.execution.plan import LoweringError, Plan
 from spnet.execution.table import IDENTITY, PAD, PROJECTION, Block, Convolution, Network
 from spnet.models.resnet import PadShortcut, SPNet
-from spnet.routing import RoutedBlock, RoutedSequential, Router, _BatchNorm1d, active, routed_blocks, uncompiled
+from spnet.routing import RoutedBlock, Router, Run, _BatchNorm1d, active, routed_blocks, uncompiled
 
 
 @uncompiled
@@ -112,7 +112,7 @@ _CALLS = {f: (meant.__name__[1:], inspect.signature(meant)) for meant, all_ in _
 _QUESTIONS = set("__get__ __len__ _assert dim is_contiguous is_floating_point numel promote_types size stride".split())
 
 
-class _Notes(TorchFunctionMode):
+class _Notes(TorchFunctionMode, Run):
     """The steps of one forward, as a line: each takes what the one before has returned, and as that has left it.
 
     A mode belongs to its thread, so others may run their models meanwhile.
@@ -179,11 +179,6 @@ class _Notes(TorchFunctionMode):
         if not self._pauses and not self.is_last(y):
             raise LoweringError(f"{self._place} returns another tensor than its last layer")
         return self.steps, self._take(y)
-
-    def sequential(self, sequential: RoutedSequential, x: Tensor) -> Tensor:
-        for module in sequential:
-            x = module(x)
-        return x
 
 
 def _is_same(before: Tensor, after: Tensor) -> bool:

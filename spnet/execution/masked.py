@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spnet.routing import RoutedBlock, RoutedSequential, decide
+from spnet.routing import RoutedBlock, Run, decide
 
 
-class MaskedRun:
+class MaskedRun(Run):
     """One forward that computes everything, with forced decisions where given and all decisions recorded.
 
     Args:
@@ -40,11 +40,6 @@ class MaskedRun:
 
     def block(self, block: RoutedBlock, x: Tensor) -> Tensor:
         return block.masked(x, decisions=self.decisions(block, x)).output
-
-    def sequential(self, sequential: RoutedSequential, x: Tensor) -> Tensor:
-        for module in sequential:
-            x = module(x)
-        return x
 
     def paths(self, batch: int, device: torch.device) -> Tensor:
         """All decisions, bool [batch, L]; a block that did not run has executed nothing."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from spnet.models.resnet import SPNetOutput
-from spnet.routing import RoutedBlock, RoutedSequential, Router, Routing, active, routed_blocks
+from spnet.routing import RoutedBlock, RoutedSequential, Router, Routing, Run, active, routed_blocks
 
 _SUMS = {
     ("call_function", operator.add),
@@ -299,7 +299,7 @@ def _extract(block: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node) ->
     return fx.GraphModule(block, copied, type(block).__name__)
 
 
-class _TrainingRun:
+class _TrainingRun(Run):
     """One forward in training mode that keeps what each routed block computed."""
 
     def __init__(self):
@@ -308,11 +308,6 @@ class _TrainingRun:
     def block(self, block: RoutedBlock, x: Tensor) -> Tensor:
         self.routings[block] = block.masked(x)
         return self.routings[block].output
-
-    def sequential(self, sequential: RoutedSequential, x: Tensor) -> Tensor:
-        for module in sequential:
-            x = module(x)
-        return x
 
 
 def forward_training(model: nn.Module, x: Tensor) -> SPNetOutput:
