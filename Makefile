@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PARALLEL := --numprocesses=logical --dist=worksteal
 SETUP := $(VENV)/.set-up
 NATIVE := CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
@@ -11,7 +12,7 @@ demo: $(SETUP)
 	$(BIN)/spnet demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # The native core under AddressSanitizer with UndefinedBehaviorSanitizer, and its threads under ThreadSanitizer. Only
 # the core is instrumented; the sanitizer is loaded before Python, so that it also hands out the memory of tensors. Left
@@ -46,11 +47,11 @@ build/%/_core.so: $(SETUP) $(NATIVE)
 	touch $@
 
 test-oldest: .venv-oldest/.set-up
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest $(PARALLEL)
 	.venv-oldest/bin/python -m spnet.kernels.check
 
 test-vision: .venv-vision/.set-up
-	.venv-vision/bin/python -m pytest tests/vision tests/models tests/execution tests/test_api.py tests/test_routing.py
+	.venv-vision/bin/python -m pytest $(PARALLEL) tests/vision tests/models tests/execution tests/test_api.py tests/test_routing.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

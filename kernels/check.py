@@ -1,4 +1,4 @@
-"""Compile every kernel ahead of time, without a GPU: ``python -m spnet.kernels.check [--quick]``."""
+"""Compile every kernel ahead of time, without a GPU: ``python -m spnet.kernels.check``."""
 
 from __future__ import annotations
 
@@ -74,21 +74,20 @@ def _usage(cubin: bytes) -> tuple[int, int, int]:
 
 
 @cache
-def cases(architecture: str, quick: bool) -> dict[str, Launch]:
+def cases(architecture: str) -> dict[str, Launch]:
     """What to compile: of launches that differ in nothing but sizes and channels, one.
 
-    bfloat16, which differs from float16 in the names of instructions, is compiled for sm_90 alone. ``quick`` means
-    float16, one network and one batch size.
+    bfloat16, which differs from float16 in the names of instructions, is compiled for sm_90 alone.
     """
     meta = torch.device("meta")
-    batches, seen = (32,) if quick else workload.BATCHES, set()
-    found = dict(chain.from_iterable(workload.small_launches(batch, meta) for batch in batches))
-    for dtype in ("float16",) if quick else workload.DTYPES:
+    seen = set()
+    found = dict(chain.from_iterable(workload.small_launches(batch, meta) for batch in workload.BATCHES))
+    for dtype in workload.DTYPES:
         if dtype == "bfloat16" and architecture != "sm_90":
             continue
-        for network in ("resnet50",) if quick else workload.NETWORKS:
+        for network in workload.NETWORKS:
             for conv in workload.convolutions(network):
-                for batch in batches:
+                for batch in workload.BATCHES:
                     shape = conv.shape(dtype, batch)
                     tile = tiling.choose(architecture, shape)
                     even = shape.cin % tile.block_k == 0, conv.cout % tile.block_n == 0
@@ -115,13 +114,12 @@ def complaints(name: str, report: Report, architecture: str) -> list[str]:
     return found
 
 
-def _compile(job: tuple[str, str, bool]) -> Report:
-    name, architecture, quick = job
-    return compile_launch(cases(architecture, quick)[name], architecture)
+def _compile(job: tuple[str, str]) -> Report:
+    name, architecture = job
+    return compile_launch(cases(architecture)[name], architecture)
 
 
 @click.command(help=__doc__)
-@click.option("--quick", is_flag=True, help="A part that takes seconds.")
 @click.option(
     "--arch",
     "architectures",
@@ -131,14 +129,14 @@ def _compile(job: tuple[str, str, bool]) -> Report:
     show_default=True,
 )
 @click.option("--jobs", default=os.cpu_count(), show_default=True, help="Processes.")
-def main(quick: bool, architectures: tuple[str, ...], jobs: int) -> None:
+def main(architectures: tuple[str, ...], jobs: int) -> None:
     if triton.knobs.runtime.interpret:
         raise click.ClickException("TRITON_INTERPRET=1 is set: there is nothing to compile")
-    work = [(name, architecture, quick) for architecture in architectures for name in cases(architecture, quick)]
+    work = [(name, architecture) for architecture in architectures for name in cases(architecture)]
     failed = 0
     # Not forked: torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for (name, architecture, _), report in zip(work, pool.map(_compile, work, chunksize=4), strict=True):
+        for (name, architecture), report in zip(work, pool.map(_compile, work, chunksize=4), strict=True):
             found = complaints(name, report, architecture)
             failed += bool(found)
             usage = f"{report.registers:3} registers, {report.spilled_bytes} spilled, {report.shared_bytes:6} shared"

@@ -39,8 +39,8 @@ def test_accuracy_and_cost_on_the_sample():
     # The binomial's standard deviation for 1,000 images is 0.8 points.
     assert stats.accuracy >= 0.94 - 2 * 0.008
     assert stats.fraction <= 0.5
-    logits = spnet.fast_forward(model, spnet.preprocess(model, images), impl="masked")
-    assert (logits.argmax(1) == stats.predictions).all()
+    logits = spnet.fast_forward(model, spnet.preprocess(model, images[:200]), impl="masked")
+    assert (logits.argmax(1) == stats.predictions[:200]).all()
 
 
 def test_the_log_reaches_the_promise():

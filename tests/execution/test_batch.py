@@ -105,15 +105,10 @@ def test_bfloat16(model, batch, rate):
     assert (got.double() - truth).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
 
 
-@pytest.fixture(scope="module", params=["resnet18", "resnet50"])
-def imagenet_network(request):
-    torch.manual_seed(0)
-    return settle(spnet.create_model(request.param, num_classes=7, input_size=33))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_published_forms(imagenet_network, dtype):
-    model = copy.deepcopy(imagenet_network).to(dtype)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_the_published_forms(name, dtype):
+    model = settle(spnet.create_model(name, num_classes=7, input_size=33)).to(dtype)
     x = _input(model, 4).to(dtype)
     paths = torch.rand(4, len(routed_blocks(model))) < 0.5
     truth = spnet.fast_forward(copy.deepcopy(model).double(), x.double(), impl="masked", paths=paths)
@@ -121,6 +116,14 @@ def test_the_published_forms(imagenet_network, dtype):
     got = spnet.fast_forward(model, x, impl="batch", paths=paths)
     error, allowed = ((a.double() - truth).abs().max() / truth.abs().max() for a in (got, masked))
     assert error <= (1e-4 if dtype == torch.float32 else 2 * allowed + torch.finfo(dtype).eps)
+
+
+@pytest.fixture(scope="module", params=["basic", "bottleneck"])
+def imagenet_network(request):
+    """A quarter as wide as the published ones."""
+    torch.manual_seed(0)
+    widths, form = (16, 32, 64, 128), {"bottleneck": request.param == "bottleneck", "shortcut": "projection"}
+    return settle(spnet.models.SPNet((2, 2, 2, 2), widths, num_classes=7, input_size=33, imagenet=True, **form))
 
 
 def test_input_layouts(imagenet_network):
