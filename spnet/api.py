@@ -17,7 +17,7 @@ from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan
 from spnet.execution.routed import RoutedRun
-from spnet.routing import RoutedBlock, RoutedSequential, Router, active, uncompiled
+from spnet.routing import RoutedBlock, RoutedSequential, Router, active, own_weight, uncompiled
 
 IMPLEMENTATIONS = ("masked", "routed", "batch", "walk")
 
@@ -32,8 +32,7 @@ class _Scan(NamedTuple):
 
 
 def _scan(model: nn.Module) -> _Scan:
-    blocks, in_line, hooked, weight = {}, set(), False, None
-    routers: set[int] = set()
+    blocks, in_line, hooked = {}, set(), False
     for name, module in model.named_modules():
         if module.training:
             raise ValueError(
@@ -44,15 +43,12 @@ def _scan(model: nn.Module) -> _Scan:
             raise ValueError(f"model: {name!r} is compiled, which hides its RoutedBlocks; compile bodies instead")
         if isinstance(module, RoutedBlock):
             blocks[name] = module
-            routers.update(id(m) for m in module.router.modules())
         elif isinstance(module, RoutedSequential):
             in_line.update(id(child) for child in module)
         hooked = hooked or bool(module._forward_hooks or module._forward_pre_hooks)
-        if weight is None and id(module) not in routers:
-            weight = next((p for p in module._parameters.values() if p is not None and p.is_floating_point()), None)
     if not blocks:
         raise ValueError(f"model: expected RoutedBlocks, but {type(model).__name__} contains none")
-    return _Scan(blocks, in_line, hooked, weight)
+    return _Scan(blocks, in_line, hooked, own_weight(model))
 
 
 def _by_plan(

@@ -261,3 +261,16 @@ def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
 def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:
     """The RoutedBlocks of a model by name, in the order of registration: the columns of every ``paths``."""
     return {name: m for name, m in model.named_modules() if isinstance(m, RoutedBlock)}
+
+
+def own_weight(model: nn.Module) -> Tensor | None:
+    """A floating-point parameter of no router, which tells the model's device and dtype: routers keep float32."""
+    routers: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, RoutedBlock):
+            routers.update(map(id, module.router.modules()))
+        if id(module) not in routers:
+            for p in module._parameters.values():
+                if p is not None and p.is_floating_point():
+                    return p
+    return None

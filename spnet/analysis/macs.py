@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from spnet.routing import RoutedBlock, Run, active, routed_blocks
+from spnet.routing import RoutedBlock, Run, active, own_weight, routed_blocks
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,9 @@ def _attention_by_parts() -> Iterator[None]:
 @torch.no_grad()
 def _count(model: nn.Module, shape: tuple[int, ...]) -> Macs:
     blocks = routed_blocks(model)
-    routers = {id(p) for b in blocks.values() for p in b.router.parameters()}
-    floating = [p for p in model.parameters() if p.is_floating_point()]
-    # Routers stay in float32: the input has the dtype of the others.
-    weight = next((p for p in floating if id(p) not in routers), floating[0] if floating else torch.empty(0))
+    weight = own_weight(model)
+    if weight is None:
+        weight = next(filter(Tensor.is_floating_point, model.parameters()), torch.empty(0))
     counter = _Counter()
     run = _DenseRun(counter)
     with _attention_by_parts(), active(run), counter:

@@ -186,8 +186,7 @@ def plan_of(model: nn.Module, x: Tensor | None = None) -> Plan:
     Raises:
         LoweringError: the model does not fit.
     """
-    shape = _shape(model, x)
-    watch, plan = _kept.get(model, {}).get(shape, (None, None))
+    shape, watch, plan = _found(model, x)
     return plan if watch is not None and watch.unchanged(model) else _lowered(model, shape)
 
 
@@ -200,8 +199,7 @@ def run_plan(model: nn.Module, x: Tensor, run: Callable[[Plan], tuple[Tensor, Te
     Raises:
         LoweringError: the model does not fit.
     """
-    shape = _shape(model, x)
-    watch, plan = _kept.get(model, {}).get(shape, (None, None))
+    shape, watch, plan = _found(model, x)
     if watch is not None:
         try:
             logits, decisions = run(plan)
@@ -215,13 +213,14 @@ def run_plan(model: nn.Module, x: Tensor, run: Callable[[Plan], tuple[Tensor, Te
     return plan, *run(plan)
 
 
-def _shape(model: nn.Module, x: Tensor | None) -> tuple[int, ...]:
+def _found(model: nn.Module, x: Tensor | None) -> tuple[tuple[int, ...], _Watch | None, Plan | None]:
+    """The shape of the images, and what is kept for it."""
     shape = shape_of(model)
-    if shape is not None:
-        return shape
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-    return tuple(x.shape[1:])
+    if shape is None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+        shape = tuple(x.shape[1:])
+    return shape, *_kept.get(model, {}).get(shape, (None, None))
 
 
 def _lowered(model: nn.Module, shape: tuple[int, ...]) -> Plan:

@@ -22,7 +22,7 @@ from spnet.execution.device import check_device
 from spnet.execution.plan import LoweringError, Plan
 from spnet.execution.table import IDENTITY, PAD, PROJECTION, Block, Convolution, Network
 from spnet.models.resnet import PadShortcut, SPNet
-from spnet.routing import RoutedBlock, Router, Run, _BatchNorm1d, active, routed_blocks, uncompiled
+from spnet.routing import RoutedBlock, Router, Run, _BatchNorm1d, active, own_weight, routed_blocks, uncompiled
 
 
 @uncompiled
@@ -59,14 +59,14 @@ def shape_of(model: nn.Module) -> tuple[int, int, int] | None:
 
 
 def first_weight(model: nn.Module) -> Tensor:
-    """A weight of a convolution, which tells device and dtype: routers, which keep float32, have none.
+    """The weight that tells device and dtype.
 
     Raises:
         LoweringError: there is none, or no plan of its dtype runs on its device.
     """
-    weight = next((p for p in model.parameters() if p.dim() == 4), None)
+    weight = own_weight(model)
     if weight is None:
-        raise LoweringError(f"{type(model).__name__} has no convolution of images")
+        raise LoweringError(f"{type(model).__name__} has no weights")
     try:
         check_device(weight.device, weight.dtype)
     except ValueError as e:

@@ -202,7 +202,9 @@ def test_synchronised_batchnorm_is_lowered():
 def test_networks_that_do_not_fit():
     with pytest.raises(spnet.LoweringError, match="Sequential does not say its input_shape"):
         spnet.lower(nn.Sequential(nn.Linear(3, 4)).eval())
-    with pytest.raises(spnet.LoweringError, match="Sequential has no convolution of images"):
+    with pytest.raises(spnet.LoweringError, match="Flatten has no weights"):
+        spnet.lower(nn.Flatten().eval(), (3, 8, 8))
+    with pytest.raises(spnet.LoweringError, match="Sequential contains no RoutedBlock"):
         spnet.lower(nn.Sequential(nn.Linear(3, 4)).eval(), (3, 8, 8))
     with pytest.raises(spnet.LoweringError, match="SPNet contains no RoutedBlock"):
         spnet.lower(spnet.create_model("resnet20_cifar", routed=False).eval())
