@@ -25,7 +25,7 @@ CORE_TESTS := tests/test_native.py tests/test_walk_core.py tests/test_watch.py t
 sanitize-address: build/address/_core.so
 	$(call under,asan) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/sanitize.py $< \
 	  $(CORE_TESTS) tests/execution/test_kept.py tests/execution/test_plan_files.py \
-	  -k "not (compile or opcheck or cuda_kernels or exit_with or bad_sample or changes_no_bit)"
+	  -k "not (compile or opcheck or cuda_kernels or exit_with or bad_sample or changes_no_bit or batch_splits)"
 
 sanitize-thread: build/thread/_core.so
 	$(call under,tsan) TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 $(BIN)/python tests/sanitize.py $< \
