@@ -38,16 +38,28 @@ class _FusedConvolution(_Convolution):
     """The same by oneDNN, with the weights in its own order. Its ReLU turns NaN into 0."""
 
     def __init__(self, shape: Convolution, weight: Tensor, bias: Tensor):
-        padding, stride = [shape.padding] * 2, [shape.stride] * 2
-        self._weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, [1, 1], shape.groups)
-        self._bias, self._options = bias, (padding, stride, [1, 1], shape.groups)
+        self._weight, self._bias = weight, bias
+        self._options = [shape.padding] * 2, [shape.stride] * 2, [1, 1], shape.groups
+        self._kept: dict[bytes, Tensor] = {}  # by order
+        self._ordered: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, x: Tensor, relu: bool) -> Tensor:
         unary = "relu" if relu else "none"
-        return _pointwise(x, self._weight, self._bias, *self._options, unary, [], "")
+        return _pointwise(x, self._weight_for(x), self._bias, *self._options, unary, [], "")
 
     def add_to_(self, y: Tensor, x: Tensor) -> None:
-        _pointwise_add_(y, x, self._weight, self._bias, *self._options, "add", 1.0, "relu", [], "")
+        _pointwise_add_(y, x, self._weight_for(x), self._bias, *self._options, "add", 1.0, "relu", [], "")
+
+    def _weight_for(self, x: Tensor) -> Tensor:
+        # The order that oneDNN wants depends on the numbers of samples and threads. Weights in another are put right
+        # at every call, which on AVX2 can take longer than the convolution.
+        key = len(x), torch.get_num_threads()
+        weight = self._ordered.get(key)
+        if weight is None:
+            weight = _reorder(self._weight, *self._options, x.shape)
+            weight = self._kept.setdefault(_order(weight).numpy().tobytes(), weight)
+            self._ordered[key] = weight
+        return weight
 
 
 def _operator(name: str, overload: str):
@@ -56,11 +68,12 @@ def _operator(name: str, overload: str):
 
 _pointwise = _operator("_convolution_pointwise", "default")
 _pointwise_add_ = _operator("_convolution_pointwise_", "binary")
+_reorder = _operator("_reorder_convolution_weight", "default")
+_order = _operator("_get_mkldnn_serialized_md", "default")
 
 
 def _has_fused(dtype: torch.dtype) -> bool:
-    found = _pointwise is not None and _pointwise_add_ is not None
-    found = found and _operator("_reorder_convolution_weight", "default") is not None
+    found = None not in (_pointwise, _pointwise_add_, _reorder, _order)
     if not (found and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,6 +1,9 @@
 """``batch`` against ``masked`` by the contract of equality, with the fused operators and without them."""
 
 import copy
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -185,3 +188,25 @@ def test_without_onednn(imagenet_network):
     expected = spnet.fast_forward(imagenet_network, x, impl="masked")
     with torch.backends.mkldnn.flags(enabled=False):
         _assert_close(spnet.lower(imagenet_network)(x, impl="batch"), expected)
+
+
+ORDERED = """
+import torch, spnet
+model = spnet.create_model("wide_resnet20_2_cifar").eval()
+x = torch.randn(8, 3, 32, 32)
+paths = torch.tensor([0, 1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)[:, None].expand(8, 9)
+for _ in range(2):
+    spnet.fast_forward(model, x, impl="batch", paths=paths)
+    print("end of a run", flush=True)
+"""
+
+
+def test_weights_are_put_in_order_once():
+    if not batch_module._has_fused(torch.float32):
+        pytest.skip("without the fused operators of oneDNN")
+    # AVX2 is where a wrong order costs most.
+    environment = {**os.environ, "ONEDNN_VERBOSE": "1", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", ORDERED], env=environment, capture_output=True, text=True, check=True)
+    second = done.stdout.split("end of a run")[1]
+    assert second.count(",exec,cpu,convolution,") == 1 + 9 * 2 * 3
+    assert second.count(",exec,cpu,reorder,") == 0
