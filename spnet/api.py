@@ -138,8 +138,8 @@ def fast_forward(
         return_paths: also return :class:`Paths`.
 
     Returns:
-        The model's output, or ``(output, Paths)``. "batch" and "walk" compute in the model's dtype, also in an autocast
-        region.
+        The model's output, or ``(output, Paths)``. "batch" and "walk" compute in the model's dtype or, where the CPU
+        does not multiply that, in float32, also in an autocast region.
 
     Raises:
         ValueError: a model in training mode, without RoutedBlocks, or with compiled parts around them; x of another

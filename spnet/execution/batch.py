@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spnet.execution.device import computed_in
 from spnet.execution.table import IDENTITY, PROJECTION, Block, Convolution, Network
 
 
@@ -102,27 +103,31 @@ class _Layers:
 
 
 class Batch:
-    """Any plan on the CPU, in float32 or bfloat16.
+    """Any plan on the CPU.
 
     Args:
         network: the shapes.
         weights: float32 [n], in the order of ``network.shapes()``.
-        dtype: of the maps and convolutions; routers, pooled sums and the head are float32.
+        dtype: of the maps and convolutions, float32 in place of what this processor does not multiply; routers, pooled
+            sums and the head are float32.
 
     Attributes:
         dense: per block, whether every sample computes its body.
     """
 
     def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype):
-        self._network, self._weights, self._dtype = network, weights, dtype
+        self._network, self._weights, self._dtype = network, weights, computed_in(dtype)
         self.dense = (False,) * len(network.blocks)
         # The ReLU of the fused operators would hide a NaN, here one of the weights.
-        self._is_fused = _has_fused(dtype) and bool(weights.isfinite().all())
-        self._layers = _Layers(network, weights, dtype, _FusedConvolution) if self._is_fused else self._plain
+        self._is_fused = _has_fused(self._dtype) and bool(weights.isfinite().all())
+        self._layers = self._make(_FusedConvolution) if self._is_fused else self._plain
 
     @cached_property
     def _plain(self) -> _Layers:
-        return _Layers(self._network, self._weights, self._dtype, _Convolution)
+        return self._make(_Convolution)
+
+    def _make(self, convolution: type[_Convolution]) -> _Layers:
+        return _Layers(self._network, self._weights, self._dtype, convolution)
 
     @torch.autocast("cpu", enabled=False)
     @torch.no_grad()
@@ -154,7 +159,7 @@ class Batch:
         return F.linear(_pool(state), *layers.head), decisions
 
     def _stem(self, layers: _Layers, x: Tensor) -> Tensor:
-        state = layers.stem(x.contiguous(memory_format=torch.channels_last), True)
+        state = layers.stem(x.to(self._dtype).contiguous(memory_format=torch.channels_last), True)
         return F.max_pool2d(state, *self._network.pool) if self._network.pool[0] else state
 
     @torch.no_grad()

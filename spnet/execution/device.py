@@ -11,21 +11,23 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from spnet.native import core
+
 EXPERIMENTAL = {"walk": "SPNET_EXPERIMENTAL_CUDA_WALK", "batch": "SPNET_EXPERIMENTAL_CUDA_BATCH"}
-DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:
     """Raise a ValueError that says why no plan of this dtype runs on this device."""
-    if dtype not in DTYPES.get(device.type, ()):
-        raise ValueError(
-            f"{dtype} on {device} is neither float32 nor bfloat16 on the CPU, nor one of these or float16 on CUDA"
-        )
+    if device.type not in ("cpu", "cuda") or dtype not in DTYPES:
+        raise ValueError(f"{dtype} on {device} is neither float32, bfloat16 nor float16 on the CPU or CUDA")
     if device.type == "cuda" and not any(map(_is_open, EXPERIMENTAL)):
         raise ValueError(" and ".join(map(_closed, EXPERIMENTAL)))
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """What the CPU computes plans of a dtype in: float32 where the processor does not multiply that dtype."""
+    return dtype if dtype == torch.bfloat16 and core.has_bfloat16() else torch.float32
 
 
 def check_open(impl: str) -> None:

@@ -33,11 +33,11 @@ def lower(model: nn.Module, input_shape: tuple[int, int, int] | None = None) -> 
     :class:`spnet.RoutedBlock` after RoutedBlock; the average over all pixels; one linear layer. Those are the networks
     of :func:`spnet.create_model`, and after :func:`spnet.convert` the plain ResNets of torchvision and timm, ResNeXt
     and RegNetX. Bodies are convolutions with ReLU between them, shortcuts the identity, option A or a projection,
-    activations ReLU, with or without BatchNorm behind a convolution; any depth, widths, groups and classes; float32 and
-    bfloat16 on the CPU. On CUDA, where nothing has been measured yet, with ``SPNET_EXPERIMENTAL_CUDA_BATCH=1`` in the
-    environment: also float16; bodies of 1x1 and 3x3 convolutions of one group; compute capability 8.0 or higher; with
-    ``SPNET_EXPERIMENTAL_CUDA_WALK=1``: float16 and bfloat16 networks whose maps fit shared memory. The plan runs on the
-    model's device.
+    activations ReLU, with or without BatchNorm behind a convolution; any depth, widths, groups and classes; float32,
+    bfloat16 and float16 on the CPU. On CUDA, where nothing has been measured yet, with
+    ``SPNET_EXPERIMENTAL_CUDA_BATCH=1`` in the environment: bodies of 1x1 and 3x3 convolutions of one group; compute
+    capability 8.0 or higher; with ``SPNET_EXPERIMENTAL_CUDA_WALK=1``: float16 and bfloat16 networks whose maps fit
+    shared memory. The plan runs on the model's device.
 
     Args:
         model: the network; its forward is run on zeros.

@@ -37,7 +37,7 @@ def _graph(network: Network, weights: Tensor, dtype: torch.dtype):
 
 
 _EXECUTIONS = {"cpu": {"walk": Walk, "batch": Batch}, "cuda": {"walk": CudaWalk, "batch": _graph}}
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES["cuda"]}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _TENSORS = {
     "table": (torch.int64, 1),
     "weights": (torch.float32, 1),
@@ -59,8 +59,8 @@ class Plan:
         table: int64 [n], the shapes, as described in ``csrc/plan.h``.
         weights: float32 [m], folded weights in the order of the table.
         macs: cost of the network, as counted before folding.
-        dtype: float32, bfloat16 or, on CUDA, float16, of the maps and of the packed weights; routers and sums are
-            float32 always.
+        dtype: float32, bfloat16 or float16, of the maps and of the packed weights; routers and sums are float32 always.
+            On the CPU float16 is computed in float32, and so is bfloat16 where the processor does not multiply it.
         device: that runs the network: the CPU, or CUDA.
 
     Attributes:

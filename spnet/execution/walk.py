@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spnet.execution.device import check_open
+from spnet.execution.device import check_open, computed_in
 from spnet.execution.table import Network
 from spnet.native import core
 
@@ -19,22 +19,22 @@ class Walk:
     Args:
         network: the shapes.
         weights: float32 [n], in the order of ``network.shapes()``; packed for this processor, not kept.
-        dtype: of the maps and the packed weights.
+        dtype: of the maps and the packed weights, float32 in place of what this processor does not multiply.
 
     Raises:
-        ValueError: a network that the native core does not run, or a dtype that this processor does not multiply.
+        ValueError: a network that the native core does not run.
     """
 
     def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype):
-        if dtype == torch.bfloat16 and not core.has_bfloat16():
-            raise ValueError("this processor does not multiply bfloat16")
+        self._dtype = computed_in(dtype)
         table = network.table()
         tables = (table.data_ptr(), table.numel(), weights.data_ptr(), weights.numel())
-        self._native = core.Plan(*tables, _PRECISIONS[dtype])
+        self._native = core.Plan(*tables, _PRECISIONS[self._dtype])
         self._outputs = network.num_classes, len(network.blocks)
 
     def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         """x [B, C, H, W], paths bool [B, L] or None -> float32 logits [B, classes], decisions bool [B, L]."""
+        x = x.to(self._dtype)
         batch, (classes, blocks) = len(x), self._outputs
         paths = None if paths is None else paths.contiguous()
         logits = torch.empty(batch, classes, dtype=torch.float32, device=x.device)

@@ -18,7 +18,7 @@ from spnet.execution import batch as batch_module
 from spnet.routing import routed_blocks
 from tests.conftest import margins, settle
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def _group(model: nn.Module, groups: int) -> None:
@@ -94,17 +94,17 @@ def test_own_decisions(model, batch, threshold):
     assert torch.equal(taken.decisions, repeated.decisions)
 
 
-@given(networks(), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]))
-def test_bfloat16(model, batch, rate):
-    model = model.bfloat16()
-    x = _input(model, batch).bfloat16()
+@given(networks(), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(DTYPES[1:]))
+def test_half_precision(model, batch, rate, dtype):
+    model = model.to(dtype)
+    x = _input(model, batch).to(dtype)
     exact = copy.deepcopy(model).double()
     paths = torch.rand(batch, len(routed_blocks(model))) < rate
     truth = spnet.fast_forward(exact, x.double(), impl="masked", paths=paths)
     masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
     got = spnet.fast_forward(model, x, impl="batch", paths=paths)
-    assert got.dtype == torch.bfloat16
-    rounding = torch.finfo(torch.bfloat16).eps * truth.abs().max()
+    assert got.dtype == dtype
+    rounding = torch.finfo(dtype).eps * truth.abs().max()
     assert (got.double() - truth).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
 
 

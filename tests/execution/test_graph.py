@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import spnet
-from spnet.execution import device as device_module
 from spnet.execution import graph, kept, plan
 from spnet.execution.device import EXPERIMENTAL, OnCpu, check_cuda, check_device, check_open
 from spnet.execution.graph import Graph, bucket
@@ -37,7 +36,6 @@ def device(request, monkeypatch):
     """Where ``batch`` runs in one graph; float32 products are exact."""
     if request.param == "cpu":
         monkeypatch.setitem(plan._EXECUTIONS, "cpu", {"batch": plan._graph})
-        monkeypatch.setitem(device_module.DTYPES, "cpu", device_module.DTYPES["cuda"])
     else:
         monkeypatch.setenv(EXPERIMENTAL["batch"], "1")
         monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
@@ -363,8 +361,8 @@ def test_devices_that_do_not_fit(monkeypatch):
         check_device(torch.device("cuda", 0), torch.float16)
         check_open(impl)
         monkeypatch.delenv(variable)
-    with pytest.raises(ValueError, match="torch.float16 on cpu is neither"):
-        check_device(torch.device("cpu"), torch.float16)
+    with pytest.raises(ValueError, match="torch.float32 on mps is neither"):
+        check_device(torch.device("mps"), torch.float32)
     for capability in ((7, 5), (6, 1), (3, 7)):
         with pytest.raises(ValueError, match=f"8.0 or higher, got {capability[0]}.{capability[1]}"):
             check_cuda(capability, True)

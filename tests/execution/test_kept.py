@@ -10,7 +10,6 @@ from torch import nn
 import spnet
 from spnet.execution import kept
 from spnet.execution.lowering import assemble, read, shape_of, tensors_of
-from spnet.native import core
 from spnet.routing import routed_blocks
 from tests.conftest import settle
 
@@ -92,12 +91,10 @@ def test_the_plan_follows_the_model(network, change):
     torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.skipif(not core.has_bfloat16(), reason="this processor does not multiply bfloat16")
 def test_the_plan_follows_the_dtype(network):
     x = torch.randn(3, 1, 32, 32)
-    assert spnet.fast_forward(network, x, impl="walk").dtype == torch.float32
-    network.bfloat16()
-    assert spnet.fast_forward(network, x.bfloat16(), impl="walk").dtype == torch.bfloat16
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert spnet.fast_forward(network.to(dtype), x.to(dtype), impl="walk").dtype == dtype
 
 
 def test_a_hook_turns_to_another_execution(network):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import spnet
 from spnet.execution import kept, lowering
-from spnet.native import core
 from spnet.routing import routed_blocks
 from tests.conftest import settle
 
@@ -145,12 +144,12 @@ def test_networks_of_others(make, impl, size, tmp_path):
     assert plan.macs.dense == spnet.fast_forward(model, x, return_paths=True, impl="masked")[1].dense_macs
 
 
-@pytest.mark.skipif(not core.has_bfloat16(), reason="this processor does not multiply bfloat16")
-def test_bfloat16(model):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(model, dtype):
     x, paths = torch.randn(4, 3, 32, 32), torch.rand(4, 4) < 0.5
     expected = spnet.fast_forward(model, x, paths=paths)
-    got = spnet.fast_forward(model.bfloat16(), x.bfloat16(), paths=paths)
-    assert spnet.explain(model, x.bfloat16()).impl == "walk"
+    got = spnet.fast_forward(model.to(dtype), x.to(dtype), paths=paths)
+    assert spnet.explain(model, x.to(dtype)).impl == "walk"
     assert (got.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 

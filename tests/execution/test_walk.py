@@ -16,7 +16,7 @@ from spnet.execution.walk import CudaWalk
 from spnet.native import core
 from tests.conftest import margins, settle
 
-needs_bfloat16 = pytest.mark.skipif(not core.has_bfloat16(), reason="this processor does not multiply bfloat16")
+HALVES = st.sampled_from([torch.bfloat16, torch.float16])
 
 
 @st.composite
@@ -71,18 +71,17 @@ def test_own_decisions_and_any_number_of_threads(model, batch, threads):
         torch.set_num_threads(before)
 
 
-@needs_bfloat16
-@given(networks(), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]))
-def test_bfloat16(model, batch, rate):
-    model, samples = model.bfloat16(), 16  # of one or two, masked may have a small error by luck
-    x = _input(model, samples).bfloat16()
+@given(networks(), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]), HALVES)
+def test_half_precision(model, batch, rate, dtype):
+    model, samples = model.to(dtype), 16  # of one or two, masked may have a small error by luck
+    x = _input(model, samples).to(dtype)
     exact = copy.deepcopy(model).double()
     paths = torch.rand(samples, sum(len(stage) for stage in model.stages)) < rate
     truth = spnet.fast_forward(exact, x.double(), impl="masked", paths=paths)
     masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
     walked = spnet.fast_forward(model, x[:batch], impl="walk", paths=paths[:batch])
-    assert walked.dtype == torch.bfloat16
-    rounding = torch.finfo(torch.bfloat16).eps * truth.abs().max()
+    assert walked.dtype == dtype
+    rounding = torch.finfo(dtype).eps * truth.abs().max()
     assert (walked.double() - truth[:batch]).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
 
 
