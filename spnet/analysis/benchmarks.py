@@ -355,7 +355,7 @@ def write(results: dict, folder: str | Path, name: str) -> list[Path]:
 
 
 def update_readme(text: str, results_folder: str | Path, link: str) -> str:
-    """``text`` with the part between its two marks generated from the newest result file.
+    """``text`` with the part between its two marks generated from the newest result file of each kind of machine.
 
     Args:
         text: of the README, with ``<!-- measured: begin -->`` and ``<!-- measured: end -->``.
@@ -367,13 +367,17 @@ def update_readme(text: str, results_folder: str | Path, link: str) -> str:
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README: expected {BEGIN} and {END}, once each")
-    files = sorted(Path(results_folder).glob("*.json"), key=lambda f: (load(f)["date"], f.name))
+    files = sorted(Path(results_folder).glob("*.json"), key=lambda f: (load(f)["date"], f.name), reverse=True)
     if not files:
         raise ValueError(f"{results_folder}: no result files")
-    newest, older = files[-1], files[:-1]
-    pictures = [newest.parent / newest.stem / f"{name}.png" for name in ("speed-up", "accuracy")]
-    shown = "".join(f"![{p.stem}]({link}/{newest.stem}/{p.name})\n" for p in pictures if p.exists())
-    more = [f"all cells, operators and training: [{newest.stem}]({link}/{newest.stem}.md)"]
-    more += [f"[{f.stem}]({link}/{f.stem}.md)" for f in older]
-    section = f"{brief(load(newest))}\n{shown}\nMore: {', '.join(more)}.\n"
+    section, seen = "", set()
+    for file in files:
+        results = load(file)
+        kind = tuple(results["machine"].get(key) for key in ("device", "cpu", "cpu_level"))
+        if kind not in seen:
+            seen.add(kind)
+            pictures = [file.parent / file.stem / f"{name}.png" for name in ("speed-up", "accuracy")]
+            shown = "".join(f"![{p.stem}]({link}/{file.stem}/{p.name})\n" for p in pictures if p.exists())
+            section += f"{brief(results)}\n{shown}\n"
+    section += f"All cells, operators and training: {', '.join(f'[{f.stem}]({link}/{f.stem}.md)' for f in files)}.\n"
     return text[: text.index(BEGIN) + len(BEGIN)] + "\n" + section + text[text.index(END) :]

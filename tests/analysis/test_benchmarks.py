@@ -139,6 +139,7 @@ def test_readme(results, tmp_path):
     folder = tmp_path / "results"
     benchmarks.write(results, folder, "old")
     benchmarks.write({**results, "date": "2026-01-03"}, folder, "new")
+    benchmarks.write({**results, "machine": {"cpu": "Another"}, "date": "2026-01-01"}, folder, "another")
     text = f"before\n{benchmarks.BEGIN}\nstale\n{benchmarks.END}\nafter\n"
     got = benchmarks.update_readme(text, folder, "bench/results")
     assert got.startswith(f"before\n{benchmarks.BEGIN}\ncpu A Processor")
@@ -146,7 +147,11 @@ def test_readme(results, tmp_path):
     assert "stale" not in got
     assert "2026-01-03" in got
     assert "![speed-up](bench/results/new/speed-up.png)" in got
-    assert "[new](bench/results/new.md), [old](bench/results/old.md)." in got
+    links = [f"[{name}](bench/results/{name}.md)" for name in ("new", "old", "another")]
+    assert ", ".join(links) + "." in got
+    # Of each kind of machine the newest.
+    assert "![speed-up](bench/results/another/speed-up.png)" in got
+    assert "![speed-up](bench/results/old/speed-up.png)" not in got
     # Half of the block executions only, and every loss.
     assert "batch 16, 50% executed | `walk`" in got
     assert "batch 16, 100% executed | `walk`" not in got
