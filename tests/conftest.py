@@ -1,9 +1,11 @@
 """Shared by all tests: small networks whose routers really route."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import settings
-from torch import nn
+from torch import Tensor, nn
 
 import spnet
 from spnet.routing import routed_blocks
@@ -47,7 +49,7 @@ def settle(model: nn.Module, bias: float = 0.0, spread: float = 1.0) -> nn.Modul
     return model.eval()
 
 
-def margins(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def margins(model: nn.Module, x: Tensor) -> Tensor:
     """|z_execute - z_skip| of every block, [B, L], along the masked model's paths."""
     found = []
     handles = [
@@ -59,6 +61,20 @@ def margins(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     for h in handles:
         h.remove()
     return torch.stack(found, 1)
+
+
+def assert_as_exact_as_masked(got: Tensor, model: nn.Module, x: Tensor, paths: Tensor) -> None:
+    """The contract of half precision: at most twice the error of ``masked`` in the model's dtype, and one rounding.
+
+    Args:
+        got: logits of the first samples of x; the error of masked is that of all of x.
+        x: several samples, whose logits are several too. Of few numbers masked may have a small error by luck.
+    """
+    truth = spnet.fast_forward(copy.deepcopy(model).double(), x.double(), impl="masked", paths=paths)
+    masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
+    rounding = torch.finfo(masked.dtype).eps * truth.abs().max()
+    allowed = 2 * (masked.double() - truth).abs().max() + rounding
+    assert (got.double() - truth[: len(got)]).abs().max() <= allowed
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import spnet
 from spnet.models.resnet import PadShortcut
 from spnet.routing import routed_blocks
-from tests.conftest import margins, settle
+from tests.conftest import assert_as_exact_as_masked, margins, settle
 
 
 class _ViewShortcut(nn.Module):
@@ -130,14 +130,10 @@ def test_forced_paths(model, batch, rate):
 def test_half_precision(model, batch, rate, dtype):
     x = torch.randn(batch, 3, 9, 11).to(dtype)
     model = model.to(dtype)
-    exact = copy.deepcopy(model).double()
     paths = torch.rand(batch, len(routed_blocks(model))) < rate
-    truth = spnet.fast_forward(exact, x.double(), impl="masked", paths=paths)
-    masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
     routed = spnet.fast_forward(model, x, impl="routed", paths=paths)
     assert routed.dtype == dtype
-    rounding = torch.finfo(dtype).eps * truth.abs().max()
-    assert (routed.double() - truth).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
+    assert_as_exact_as_masked(routed, model, x, paths)
 
 
 @pytest.mark.parametrize("name", ["resnet20_cifar", "resnet18", "resnet50"])

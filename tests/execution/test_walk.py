@@ -14,20 +14,20 @@ from torch import nn
 import spnet
 from spnet.execution.walk import CudaWalk
 from spnet.native import core
-from tests.conftest import margins, settle
+from tests.conftest import assert_as_exact_as_masked, margins, settle
 
 HALVES = st.sampled_from([torch.bfloat16, torch.float16])
 
 
 @st.composite
-def networks(draw) -> nn.Module:
+def networks(draw, num_classes=(1, 2, 10)) -> nn.Module:
     """Networks of both forms with awkward widths, sizes and depths."""
     torch.manual_seed(draw(st.integers(0, 1000)))
     stages, imagenet = draw(st.integers(1, 3)), draw(st.booleans())
     model = spnet.models.SPNet(
         [draw(st.integers(1, 3)) for _ in range(stages)],
         sorted(draw(st.sampled_from([1, 3, 8, 16, 24, 33])) for _ in range(stages)),
-        num_classes=draw(st.sampled_from([1, 2, 10])),
+        num_classes=draw(st.sampled_from(num_classes)),
         in_channels=draw(st.sampled_from([1, 3] if imagenet else [1, 3, 5])),
         input_size=draw(st.sampled_from([1, 5, 8, 16, 31, 48])),
         bottleneck=draw(st.booleans()),
@@ -71,18 +71,13 @@ def test_own_decisions_and_any_number_of_threads(model, batch, threads):
         torch.set_num_threads(before)
 
 
-@given(networks(), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]), HALVES)
+@given(networks(num_classes=[10]), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]), HALVES)
 def test_half_precision(model, batch, rate, dtype):
-    model, samples = model.to(dtype), 16  # of one or two, masked may have a small error by luck
-    x = _input(model, samples).to(dtype)
-    exact = copy.deepcopy(model).double()
-    paths = torch.rand(samples, sum(len(stage) for stage in model.stages)) < rate
-    truth = spnet.fast_forward(exact, x.double(), impl="masked", paths=paths)
-    masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
+    model = model.to(dtype)
+    x, paths = _input(model, 16).to(dtype), torch.rand(16, sum(len(stage) for stage in model.stages)) < rate
     walked = spnet.fast_forward(model, x[:batch], impl="walk", paths=paths[:batch])
     assert walked.dtype == dtype
-    rounding = torch.finfo(dtype).eps * truth.abs().max()
-    assert (walked.double() - truth[:batch]).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
+    assert_as_exact_as_masked(walked, model, x, paths)
 
 
 def test_many_threads_on_one_plan_and_on_several(network):
@@ -125,8 +120,6 @@ def test_cuda_walk_by_its_emulation(monkeypatch, dtype):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     model = settle(spnet.models.SPNet([2, 1], [8, 12], num_classes=5, input_size=9)).to(dtype)
     plan, x, paths = spnet.lower(copy.deepcopy(model).float()), _input(model, 5), torch.rand(5, 6)[:, ::2] < 0.5
-    truth = spnet.fast_forward(copy.deepcopy(model).double(), x.to(dtype).double(), impl="masked", paths=paths)
-    masked = spnet.fast_forward(model, x.to(dtype), impl="masked", paths=paths)
     with pytest.raises(ValueError, match="SPNET_EXPERIMENTAL_CUDA_WALK=1 in the environment opens it"):
         CudaWalk(plan.network, plan.weights, dtype)
     monkeypatch.setenv("SPNET_EXPERIMENTAL_CUDA_WALK", "1")
@@ -135,8 +128,7 @@ def test_cuda_walk_by_its_emulation(monkeypatch, dtype):
     walk = CudaWalk(plan.network, plan.weights, dtype)
     logits, decisions = walk.run(x.to(dtype), paths, 0.0)
     assert torch.equal(decisions, paths)
-    rounding = torch.finfo(dtype).eps * truth.abs().max()
-    assert (logits.double() - truth).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
+    assert_as_exact_as_masked(logits, model, x.to(dtype), paths)
     assert not walk.run(x.to(dtype), None, math.inf)[1].any()
 
 
@@ -146,11 +138,7 @@ def test_walk_on_a_gpu(monkeypatch, dtype):
     monkeypatch.setenv("SPNET_EXPERIMENTAL_CUDA_WALK", "1")
     model = settle(spnet.create_model("resnet20_cifar")).to("cuda", dtype)
     x, paths = torch.randn(300, 3, 32, 32).to("cuda", dtype), (torch.rand(300, 9) < 0.5).cuda()
-    exact = copy.deepcopy(model).double()
-    truth = spnet.fast_forward(exact, x.double(), impl="masked", paths=paths)
-    masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
     walked, taken = spnet.fast_forward(model, x, impl="walk", paths=paths, return_paths=True)
     assert torch.equal(taken.decisions, paths)
-    rounding = torch.finfo(dtype).eps * truth.abs().max()
-    assert (walked.double() - truth).abs().max() <= 2 * (masked.double() - truth).abs().max() + rounding
+    assert_as_exact_as_masked(walked, model, x, paths)
     assert torch.equal(spnet.fast_forward(model, x, impl="walk"), spnet.fast_forward(model, x, impl="walk"))
