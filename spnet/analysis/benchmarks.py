@@ -66,7 +66,7 @@ def load(path: str | Path) -> dict:
 
 def _forward(results: dict) -> list[dict]:
     cells = [cell for cell in results["cells"] if cell["group"].startswith("forward, ")]
-    return sorted(cells, key=lambda c: (c["network"], c["dtype"], c["batch"], c["executed"]))
+    return sorted(cells, key=lambda c: (*_setting(c), c["executed"]))
 
 
 def _ours(cell: dict) -> float:
@@ -80,6 +80,10 @@ def _best(cell: dict, *kinds: str) -> tuple[str, float] | None:
         (ms, rival) for rival, ms in cell["minimum_ms"].items() if cell["kinds"][rival] in kinds and rival not in own
     ]
     return min(found)[::-1] if found else None
+
+
+def _setting(cell: dict) -> tuple[str, str, int]:
+    return cell["network"], cell["dtype"], cell["batch"]
 
 
 def _describe(cell: dict) -> str:
@@ -97,7 +101,7 @@ def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
 
 def markdown(results: dict) -> str:
     """Everything measured as Markdown: cells against their rivals, where spnet loses, real paths, operators."""
-    lines = [*_head(results), *_forward_table(_forward(results)), *_losses_line(results)]
+    lines = [_head(results), "", *_forward_table(_forward(results)), *_losses_line(results)]
     real = [c for c in results["cells"] if c["group"].startswith("real paths")]
     if real:
         impls = list(real[0]["minimum_ms"])
@@ -108,7 +112,7 @@ def markdown(results: dict) -> str:
             ratio = cell["minimum_ms"]["masked"] / cell["minimum_ms"][cell["auto"]]
             rows.append([str(cell["batch"]), *(f"{us:.0f}" for us in per_image), f"{ratio:.2f}x"])
         lines += table(head, rows)
-    lines += _thresholds_table(results)
+    lines += _thresholds_table({"us per image": results})
     others = []
     for cell in results["cells"]:
         for key, unit in (("gbytes", "GB/s"), ("gflops", "GFLOP/s")):
@@ -125,16 +129,42 @@ def markdown(results: dict) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def brief(results: dict) -> str:
-    """What the README shows: half of the block executions, every losing cell, accuracy against time."""
-    half = [cell for cell in _forward(results) if cell["executed"] == 0.5]
-    lines = [*_head(results), *_forward_table(half), *_losses_line(results), *_thresholds_table(results)]
-    return "\n".join(lines)
+def summary(runs: dict[str, dict]) -> str:
+    """What the README shows of several machines, side by side: half of the block executions, accuracy against time.
+
+    Args:
+        runs: result files, by the link to everything in them.
+    """
+    machines = {_machine(results): results for results in runs.values()}
+    lines = [
+        f"- **{_machine(results)}** ([all of it]({link})): {_head(results)} {' '.join(_losses_line(results))}".rstrip()
+        for link, results in runs.items()
+    ]
+    half = {m: {_setting(c): c for c in _forward(r) if c["executed"] == 0.5} for m, r in machines.items()}
+    rows = []
+    for setting in sorted(set().union(*half.values())):
+        network, dtype, batch = setting
+        cells = [by_setting.get(setting) for by_setting in half.values()]
+        rows.append([f"{network}, {dtype}, batch {batch}", *(_against_dense(c) if c else "" for c in cells)])
+    lines += ["", "Half of the block executions: ms of `fast_forward`, of the best dense rival, and their ratio.", ""]
+    lines += table(["network, dtype, batch", *half], rows)
+    return "\n".join(lines + _thresholds_table(machines))
 
 
-def _head(results: dict) -> list[str]:
+def _against_dense(cell: dict) -> str:
+    name, ms = _best(cell, "masked", "dense")
+    return f"{_ours(cell):.3g}; {ms:.3g} ({name}): **{ms / _ours(cell):.2f}x**"
+
+
+def _machine(results: dict) -> str:
+    """The kind of a machine: what differs where results are no longer of the same."""
+    machine = results["machine"]
+    return machine.get("device") or ", ".join(machine[key] for key in ("cpu", "cpu_level") if key in machine)
+
+
+def _head(results: dict) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-    return [f"{machine}; {results['date']}; `{results['command']}`.", ""]
+    return f"{machine}; {results['date']}; `{results['command']}`."
 
 
 def _forward_table(cells: list[dict]) -> list[str]:
@@ -168,22 +198,19 @@ def _losses_line(results: dict) -> list[str]:
     return ["**Where spnet loses:** " + ("; ".join(losses(results)) or "in no cell of this run") + ".", ""]
 
 
-def _thresholds_table(results: dict) -> list[str]:
-    lines = []
-    for cell in results["cells"]:
-        if "points" in cell:
-            head = [f"threshold ({cell['images']} test images)", "accuracy", "us per image", "executed MACs"]
-            rows = (
-                [
-                    _static(cell) if name == "static" else name,
-                    _percent(point["accuracy"]),
-                    f"{point['us_per_image']:.0f}",
-                    f"{point['executed_share']:.0%}",
-                ]
-                for name, point in cell["points"].items()
-            )
-            lines += table(head, rows)
-    return lines
+def _thresholds_table(runs: dict[str, dict]) -> list[str]:
+    """Accuracy and cost at every threshold, and the time of every run."""
+    cells = {name: c for name, results in runs.items() for c in results["cells"] if "points" in c}
+    if not cells:
+        return []
+    first, rows = next(iter(cells.values())), []
+    for name in first["points"]:
+        points = [cell["points"].get(name) for cell in cells.values()]
+        accuracy = dict.fromkeys(_percent(p["accuracy"]) for p in points if p)
+        share = dict.fromkeys(f"{p['executed_share']:.0%}" for p in points if p)
+        us = [f"{p['us_per_image']:.0f}" if p else "" for p in points]
+        rows.append([_static(first) if name == "static" else name, " / ".join(accuracy), " / ".join(share), *us])
+    return table([f"threshold ({first['images']} test images)", "accuracy", "executed MACs", *cells], rows)
 
 
 def _static(cell: dict) -> str:
@@ -370,14 +397,11 @@ def update_readme(text: str, results_folder: str | Path, link: str) -> str:
     files = sorted(Path(results_folder).glob("*.json"), key=lambda f: (load(f)["date"], f.name), reverse=True)
     if not files:
         raise ValueError(f"{results_folder}: no result files")
-    section, seen = "", set()
+    newest: dict[str, Path] = {}  # of each kind of machine
     for file in files:
-        results = load(file)
-        kind = tuple(results["machine"].get(key) for key in ("device", "cpu", "cpu_level"))
-        if kind not in seen:
-            seen.add(kind)
-            pictures = [file.parent / file.stem / f"{name}.png" for name in ("speed-up", "accuracy")]
-            shown = "".join(f"![{p.stem}]({link}/{file.stem}/{p.name})\n" for p in pictures if p.exists())
-            section += f"{brief(results)}\n{shown}\n"
-    section += f"All cells, operators and training: {', '.join(f'[{f.stem}]({link}/{f.stem}.md)' for f in files)}.\n"
+        newest.setdefault(_machine(load(file)), file)
+    section = summary({f"{link}/{file.stem}.md": load(file) for file in newest.values()})
+    for name in ("speed-up", "accuracy"):
+        if (files[0].parent / files[0].stem / f"{name}.png").exists():
+            section += f"![{name}]({link}/{files[0].stem}/{name}.png)\n"
     return text[: text.index(BEGIN) + len(BEGIN)] + "\n" + section + text[text.index(END) :]

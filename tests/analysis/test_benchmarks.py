@@ -72,8 +72,8 @@ def test_table(results):
     assert row in text
     assert "cpu A Processor, threads 2; 2026-01-02; `spnet bench --quick`." in text
     assert "| 2 | 3000 | 750 | 4.00x |" in text
-    assert "| static network after 3 epochs | not known | 50 | 100% |" in text
-    assert "| 0.0 | 50.00% | 25 | 40% |" in text
+    assert "| static network after 3 epochs | not known | 100% | 50 |" in text
+    assert "| 0.0 | 50.00% | 40% | 25 |" in text
     assert "| c | 90 GFLOP/s | 100 | 90% |" in text
     assert "| g | 5 GB/s | 20 | 25% |" in text
     assert "- training step: static: 1 ms, SP-Net: 2 ms" in text
@@ -139,23 +139,29 @@ def test_readme(results, tmp_path):
     folder = tmp_path / "results"
     benchmarks.write(results, folder, "old")
     benchmarks.write({**results, "date": "2026-01-03"}, folder, "new")
-    benchmarks.write({**results, "machine": {"cpu": "Another"}, "date": "2026-01-01"}, folder, "another")
+    another = copy.deepcopy({**results, "machine": {"cpu": "Another", "cpu_level": "v2"}, "date": "2026-01-01"})
+    del another["cells"][1]
+    another["cells"][4]["points"]["0.0"] = {"us_per_image": 75.0, "accuracy": 0.25, "executed_share": 0.4}
+    benchmarks.write(another, folder, "another")
     text = f"before\n{benchmarks.BEGIN}\nstale\n{benchmarks.END}\nafter\n"
     got = benchmarks.update_readme(text, folder, "bench/results")
-    assert got.startswith(f"before\n{benchmarks.BEGIN}\ncpu A Processor")
+    assert got.startswith(f"before\n{benchmarks.BEGIN}\n- **A Processor** ([all of it](bench/results/new.md)): cpu A")
     assert got.endswith(f"{benchmarks.END}\nafter\n")
     assert "stale" not in got
     assert "2026-01-03" in got
-    assert "![speed-up](bench/results/new/speed-up.png)" in got
-    links = [f"[{name}](bench/results/{name}.md)" for name in ("new", "old", "another")]
-    assert ", ".join(links) + "." in got
-    # Of each kind of machine the newest.
-    assert "![speed-up](bench/results/another/speed-up.png)" in got
-    assert "![speed-up](bench/results/old/speed-up.png)" not in got
-    # Half of the block executions only, and every loss.
-    assert "batch 16, 50% executed | `walk`" in got
-    assert "batch 16, 100% executed | `walk`" not in got
-    assert "**Where spnet loses:** net, float32, batch 1" in got
+    # Of each kind of machine the newest, side by side, and every loss.
+    assert "bench/results/old" not in got
+    assert got.count("**Where spnet loses:** net, float32, batch 1, 50% executed: engine 6 ms") == 2
+    # Half of the block executions only.
+    lines = got.splitlines()
+    begin = lines.index("| network, dtype, batch | A Processor | Another, v2 |")
+    assert lines[begin + 2 : begin + 5] == [
+        "| net, float32, batch 1 | 8; 6 (engine): **0.75x** | 8; 6 (engine): **0.75x** |",
+        "| net, float32, batch 16 | 4; 10 (engine): **2.50x** |  |",
+        "",
+    ]
+    assert "| 0.0 | 50.00% / 25.00% | 40% | 25 | 75 |" in lines
+    assert "![speed-up](bench/results/new/speed-up.png)" in lines
     assert benchmarks.update_readme(got, folder, "bench/results") == got
     with pytest.raises(ValueError, match="README: expected"):
         benchmarks.update_readme("", folder, "bench/results")
