@@ -179,6 +179,7 @@ NETWORKS = {
         pool=(3, 2, 1),
     ),
     "pooled": Network(4, (23, 14), 32, [Block(32, 32, 32)], stem_kernel=7, stem_stride=2, pool=(2, 1, 0)),
+    "grown-by-its-pool": Network(1, (41, 37), 16, [Block(16, 3, 8, 2, PROJECTION)], pool=(2, 1, 1)),
     "strided-stem": Network(5, (9, 12), 32, [Block(32, 40, 70, 2, PROJECTION)], stem_stride=2, pool=(2, 2, 1)),
     "strips": Network(
         1,

@@ -181,6 +181,7 @@ void PackedPlan::measure() {
     grow(middle_bytes_[0], map_bytes(plan.in_channels, plan.in_height, plan.in_width));
   }
   state(plan.stem.cout, plan.stem.out_height, plan.stem.out_width);
+  state(plan.stem.cout, plan.height, plan.width);  // larger where a pooling of stride 1 is padded
   for (const PlanBlock& block : plan.blocks) {
     for (size_t i = 0; i + 1 < block.body.size(); ++i) {
       const PlanConv& conv = block.body[i];
