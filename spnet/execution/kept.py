@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from numbers import Number
 from types import BuiltinFunctionType, FunctionType
 from weakref import WeakKeyDictionary
 
@@ -141,10 +142,13 @@ def _facts(modules: list[nn.Module], model: nn.Module) -> Iterator:
 def _is_fixed(module: nn.Module, name: str, value: object) -> bool:
     """Whether what a forward may read of an attribute changes only with its identity.
 
-    Modules of PyTorch and spnet read nothing else of theirs; of others, it depends on the value.
+    Modules of PyTorch and spnet read nothing else of theirs but sizes, which may be lists; of others, it depends on
+    the value.
     """
+    if name in _OF_EVERY_MODULE or _is_plain(value):
+        return True
     known = type(module).__module__.partition(".")[0] in ("spnet", "torch")
-    return known or name in _OF_EVERY_MODULE or _is_plain(value)
+    return known and not (type(value) is list and _is_list(value))
 
 
 def _is_plain(value: object) -> bool:
@@ -153,8 +157,8 @@ def _is_plain(value: object) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, FunctionType | BuiltinFunctionType):
         return getattr(value, "__closure__", None) is None
-    kinds = bool, int, float, str, torch.dtype, torch.device, torch.memory_format
-    return value is None or type(value) in kinds or isinstance(value, type)
+    kinds = str, torch.dtype, torch.device, torch.memory_format
+    return value is None or type(value) in kinds or isinstance(value, type | Number)
 
 
 def _is_list(value: object) -> bool:

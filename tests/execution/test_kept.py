@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -87,6 +88,29 @@ def test_the_plan_follows_the_model(network, change):
     change(network)
     after = spnet.fast_forward(network, x, impl="walk")
     expected = spnet.fast_forward(network, x, impl="masked")
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.stem[1], "eps", np.float64(1.0)),
+        lambda model: setattr(model.stem[1], "eps", 1.0),
+        lambda model: setattr(model.stem[3], "padding", [0, 0]),
+        lambda model: model.stem[3].padding.__setitem__(slice(2), [0, 0]),
+    ],
+)
+def test_the_plan_follows_what_is_no_plain_number(change):
+    """Sizes may be lists, which PyTorch's pooling keeps as they are, and numbers those of NumPy."""
+    model = settle(spnet.models.SPNet([1], [8], num_classes=5, input_size=16, imagenet=True))
+    model.features.stem[1].eps = np.float64(1e-5)
+    model.features.stem[3] = nn.MaxPool2d([3, 3], [2, 2], [1, 1]).eval()
+    x = torch.randn(3, 3, 16, 16)
+    before = spnet.fast_forward(model, x, impl="walk")
+    change(model.features)
+    after = spnet.fast_forward(model, x, impl="walk")
+    expected = spnet.fast_forward(model, x, impl="masked")
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
