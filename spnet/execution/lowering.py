@@ -123,7 +123,7 @@ class _Notes(TorchFunctionMode, Run):
         self.steps: list[Step] = []
         self._take(x)
         self._own = {id(t) for t in (*model.parameters(), *model.buffers())}
-        self._place, self._blocks, self._pauses = "the stem", 0, False
+        self._dtype, self._place, self._blocks, self._pauses = x.dtype, "the stem", 0, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -141,6 +141,8 @@ class _Notes(TorchFunctionMode, Run):
         if any(isinstance(t, Tensor) and id(t) not in self._own for t in of.values()):
             raise LoweringError(f"{self._place} calls {name} with a tensor that is no parameter or buffer of the model")
         after = self._take(func(*args, **kwargs))
+        if torch.promote_types(after.dtype, self._dtype) != after.dtype:
+            raise LoweringError(f"{self._place} calls {name}, which rounds {self._dtype} to {after.dtype}")
         if kind == "same":
             if of["training"] or not _is_same(before, after):
                 raise LoweringError(f"{self._place} calls {name}, which does more than flatten a pooled vector")

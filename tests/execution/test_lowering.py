@@ -245,6 +245,22 @@ class Wider(ResNet):
         return super().forward(x).to(torch.float64)
 
 
+class Narrower(ResNet):
+    def pooled(self, x: Tensor) -> Tensor:
+        return super().pooled(x).to(torch.float16).to(x.dtype)
+
+
+class Whole(ResNet):
+    def pooled(self, x: Tensor) -> Tensor:
+        return super().pooled(x).to(torch.int32).to(x.dtype)
+
+
+class Rounding(ResNet):
+    def pooled(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer2(self.layer1(x)).mean((2, 3), dtype=torch.bfloat16).to(x.dtype)
+
+
 class Shaped(ResNet):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).view(-1, 5, 1, 1)
@@ -276,6 +292,9 @@ class Foreign(ResNet):
         (Twice, "the head is no line of layers: adaptive_avg_pool2d takes another"),
         (Half, "the head calls __getitem__"),
         (Dropping, "the head calls dropout, which does more than flatten"),
+        (Narrower, "the head calls to, which rounds torch.float32 to torch.float16"),
+        (Whole, "the head calls to, which rounds torch.float32 to torch.int32"),
+        (Rounding, "the head calls mean, which rounds torch.float32 to torch.bfloat16"),
         (Wider, "Wider does not return logits .* of its weights' dtype"),
         (Shaped, r"Shaped does not return logits \[B, classes\]"),
         (Both, "Both returns another tensor than its last layer"),
