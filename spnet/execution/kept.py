@@ -23,7 +23,7 @@ from spnet.routing import routed_blocks
 # The dictionaries of a module that say what it consists of and whether it may be passed over.
 _PARTS = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_OF_EVERY_MODULE = set(vars(nn.Module()))
+_OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
 
 
 class _Attributes:

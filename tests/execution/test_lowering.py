@@ -144,6 +144,13 @@ def test_networks_of_others(make, impl, size, tmp_path):
     assert plan.macs.dense == spnet.fast_forward(model, x, return_paths=True, impl="masked")[1].dense_macs
 
 
+def test_a_network_that_was_compiled_in_place(model):
+    x = torch.randn(3, 3, 32, 32)
+    model.compile(backend="eager")
+    assert spnet.explain(model, x).impl == "walk"
+    agrees(model, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(model, dtype):
     x, paths = torch.randn(4, 3, 32, 32), torch.rand(4, 4) < 0.5
