@@ -122,6 +122,7 @@ class Facts {
   explicit Facts(const std::vector<py::list>& lists) {
     for (const py::list& list : lists) {
       std::vector<Dictionary> dictionaries;
+      std::vector<Instance> instances;
       const auto n = static_cast<Py_ssize_t>(list.size());
       for (Py_ssize_t i = 0; i < n;) {
         const bool is_own = i == 0 && list[i].is_none();
@@ -132,9 +133,16 @@ class Facts {
           throw std::invalid_argument("facts: expected dictionaries, each before its keys and values");
         }
         dictionaries.push_back(each);
+        for (i += 2; i < each.end; i += 2) {
+          const py::object value = list[i];
+          const py::type type = py::type::of(value);
+          if (reinterpret_cast<PyTypeObject*>(type.ptr())->tp_flags & Py_TPFLAGS_HEAPTYPE) {
+            instances.push_back({value.ptr(), type});
+          }
+        }
         i = each.end;
       }
-      lists_.push_back({list, std::move(dictionaries)});
+      lists_.push_back({list, std::move(dictionaries), std::move(instances)});
     }
   }
 
@@ -143,7 +151,10 @@ class Facts {
   // May run beside the thread that has Python's lock, as long as that one runs no Python code: then nothing
   // in the lists and dictionaries moves, and nothing in here needs the lock.
   bool hold(int64_t number, const py::dict& own) {
-    auto& [list, dictionaries] = lists_[number];
+    auto& [list, dictionaries, instances] = lists_[number];
+    for (const Instance& each : instances) {
+      if (py::type::handle_of(each.object).ptr() != each.type.ptr()) return false;
+    }
     for (Dictionary& each : dictionaries) {
       PyObject* const dict = each.object == nullptr ? own.ptr() : each.object;
       const uint64_t now = version(dict);
@@ -168,7 +179,19 @@ class Facts {
     uint64_t version = 0;   // at which it held them
   };
 
-  std::vector<std::pair<py::list, std::vector<Dictionary>>> lists_;
+  // A value of a class that was written in Python may be given another class, of which no dictionary tells.
+  struct Instance {
+    PyObject* object;
+    py::type type;
+  };
+
+  struct List {
+    py::list entries;  // which hold the objects below
+    std::vector<Dictionary> dictionaries;
+    std::vector<Instance> instances;
+  };
+
+  std::vector<List> lists_;
 };
 
 bool same_objects(const Layouts* layouts, std::string_view chosen, Facts& facts, const py::dict& own,

@@ -180,6 +180,23 @@ def test_facts(threads):
         assert same()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_facts_of_another_class(threads):
+    class First:
+        pass
+
+    class Second:
+        pass
+
+    value = First()
+    for facts in (core.Facts([[{"x": value}, "x", value]]), core.Facts([[{}], [{"x": value}, "x", value]])):
+        for _ in range(2):
+            assert core.same_objects(None, b"", facts, {}, threads)
+            value.__class__ = Second
+            assert not core.same_objects(None, b"", facts, {}, threads)
+            value.__class__ = First
+
+
 def test_facts_that_are_old_news():
     """What changes before the first comparison is a change."""
     a = {"x": 1}

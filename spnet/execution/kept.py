@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from numbers import Number
 from types import BuiltinFunctionType, FunctionType
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ _OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
 
 
 class _Attributes:
-    """All attributes of a model's modules, in a form that is quick to compare."""
+    """Classes and all attributes of a model's modules, in a form that is quick to compare."""
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
+        self._class = ref(type(model))
         # In lists, of which each thread takes the next.
         self._facts = core.Facts([list(_facts(modules[i : i + 64], model)) for i in range(0, len(modules), 64)])
         others = [(m, name, v) for m in modules for name, v in vars(m).items() if not _is_fixed(m, name, v)]
@@ -42,7 +43,9 @@ class _Attributes:
     def unchanged(self, model: nn.Module, layouts: core.Layouts | None = None, chosen: bytes = b"") -> bool:
         """Also of the layouts of the chosen parts."""
         threads = torch.get_num_threads()
-        return self._lists == self._copies and core.same_objects(layouts, chosen, self._facts, vars(model), threads)
+        if self._class() is not type(model) or self._lists != self._copies:
+            return False
+        return core.same_objects(layouts, chosen, self._facts, vars(model), threads)
 
 
 class _Watch:

@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import spnet
@@ -62,8 +63,23 @@ def _change_router_eps(model):
             block.router.bn.eps = 10.0
 
 
+class _Blurred(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1.0)
+
+
+def _change_class(model):
+    model.features.stem[1].__class__ = _Blurred
+
+
 def _change_pad(model):
     model.features.stage2[0].shortcut.pad = (16, 0)
+
+
+class _Undone(spnet.models.SPNet):
+    def forward(self, x):
+        super().forward(x)
+        return x
 
 
 @pytest.mark.parametrize(
@@ -80,6 +96,7 @@ def _change_pad(model):
         _change_eps,
         _change_router_eps,
         _change_pad,
+        _change_class,
     ],
 )
 def test_the_plan_follows_the_model(network, change):
@@ -162,6 +179,7 @@ def test_an_unchanged_model_is_lowered_once(network, monkeypatch):
         (lambda m: m.features.stage1[0].add_module("activation", nn.Tanh().eval()), "activation of block 0 calls tanh"),
         (lambda m: m.heads[0].register_forward_pre_hook(print), "a forward hook"),
         (lambda m: m.to("meta"), "on meta"),
+        (lambda m: setattr(m, "__class__", _Undone), "returns another tensor than its last layer"),
     ],
 )
 def test_a_model_that_fits_no_more_is_refused(network, change, reason):
