@@ -173,6 +173,19 @@ def test_bad_paths(network, paths):
         spnet.fast_forward(network, torch.zeros(2, 1, 32, 32), paths=paths)
 
 
+def test_a_block_inside_the_body_of_another_has_no_path(network):
+    stage, x = network.features.stage1, torch.randn(9, 1, 32, 32) * torch.arange(9)[:, None, None, None]
+    stage[0].body = spnet.RoutedSequential(stage[0].body, stage[1]).eval()
+    del stage[1]
+    expected, paths = spnet.fast_forward(network, x, impl="masked", return_paths=True)
+    assert 0 < paths.decisions[:, 0].sum() < 9
+    torch.testing.assert_close(spnet.fast_forward(network, x, impl="routed"), expected)
+    with pytest.raises(ValueError, match="return_paths: RoutedBlock number 1 got a batch of [1-8], the first one of 9"):
+        spnet.fast_forward(network, x, impl="routed", return_paths=True)
+    with pytest.raises(ValueError, match="paths: RoutedBlock number 1 got a batch of [1-8], paths has 9 rows"):
+        spnet.fast_forward(network, x, impl="routed", paths=paths.decisions)
+
+
 def test_unknown_impl_names_the_near_match(network):
     with pytest.raises(ValueError, match="impl: unknown 'route'; did you mean 'routed'"):
         spnet.fast_forward(network, torch.zeros(1, 1, 32, 32), impl="route")

@@ -42,7 +42,15 @@ class MaskedRun(Run):
         return block.masked(x, decisions=self.decisions(block, x)).output
 
     def paths(self, batch: int, device: torch.device) -> Tensor:
-        """All decisions, bool [batch, L]; a block that did not run has executed nothing."""
+        """All decisions, bool [batch, L]; a block that did not run has executed nothing.
+
+        Raises:
+            ValueError: the blocks ran on batches of several sizes, as those inside the body of another do.
+        """
         none = torch.zeros(batch, dtype=torch.bool, device=device)
         columns = [self._decisions.get(i, none) for i in range(len(self._column))]
+        other = next((i for i, d in enumerate(columns) if len(d) != len(columns[0])), None)
+        if other is not None:
+            sizes = f"{len(columns[other])}, the first one of {len(columns[0])}"
+            raise ValueError(f"return_paths: RoutedBlock number {other} got a batch of {sizes}")
         return torch.stack(columns, 1) if columns else none[:, None][:, :0]
