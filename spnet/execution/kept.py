@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from spnet.execution.lowering import assemble, first_weight, read, shape_of, tensors_of
+from spnet.execution.lowering import ForwardError, assemble, first_weight, read, shape_of, tensors_of
 from spnet.execution.plan import LoweringError, Plan
 from spnet.native import core
 from spnet.routing import routed_blocks
@@ -251,6 +251,8 @@ def _lowered(model: nn.Module, shape: tuple[int, ...]) -> Plan:
             raise LoweringError(f"the forward of {type(model).__name__} changes its attributes")
         watch = _Watch(model, attributes, tensors_of(steps))
         plan = assemble(model, shape, steps)
+    except ForwardError:
+        raise
     except LoweringError as e:
         _refused[model] = image, attributes, str(e)
         raise

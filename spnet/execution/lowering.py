@@ -74,6 +74,10 @@ def first_weight(model: nn.Module) -> Tensor:
     return weight
 
 
+class ForwardError(LoweringError):
+    """A network whose forward fails on this image, perhaps not the next time: for a lack of memory, say."""
+
+
 class Step(NamedTuple):
     """One call of a forward."""
 
@@ -210,6 +214,7 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
 
     Raises:
         LoweringError: a plan has no such step, or the forward is no line of them.
+        ForwardError: the forward raises another error than of a lack of memory.
     """
     weight = first_weight(model)
     blocks = list(routed_blocks(model).values())
@@ -234,7 +239,7 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
     except (LoweringError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:  # whatever a model raises for an image that it does not take
-        raise LoweringError(f"{type(model).__name__} does not run on an image {list(shape)}: {e}") from e
+        raise ForwardError(f"{type(model).__name__} does not run on an image {list(shape)}: {e}") from e
     if not notes.is_last(y):
         raise LoweringError(f"{type(model).__name__} returns another tensor than its last layer")
     if y.dim() != 2 or y.dtype != weight.dtype:

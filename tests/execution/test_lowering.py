@@ -373,6 +373,26 @@ def test_images_of_several_shapes(model, monkeypatch):
     assert "plans for images of 4 other shapes are kept" in str(spnet.explain(model, torch.randn(2, 3, 37, 32)))
 
 
+class Failing(ResNet):
+    error: list[Exception] = []
+
+    def pooled(self, x: Tensor) -> Tensor:
+        if self.error:
+            raise self.error[0]
+        return super().pooled(x)
+
+
+def test_a_failure_is_no_refusal(monkeypatch):
+    """Of memory on the CPU, for one: PyTorch raises a RuntimeError there."""
+    model, x = routed(Failing()), torch.randn(2, 3, 32, 32)
+    for error in (RuntimeError("can't allocate memory"), MemoryError()):
+        monkeypatch.setattr(Failing, "error", [error])
+        with pytest.raises((RuntimeError, MemoryError)):
+            spnet.fast_forward(model, x)
+    monkeypatch.setattr(Failing, "error", [])
+    assert spnet.explain(model, x).impl == "walk"
+
+
 def test_an_image_that_the_network_does_not_take(model):
     for x in (torch.randn(2, 4, 32, 32), torch.randn(2, 3)):
         with pytest.raises((RuntimeError, AssertionError)):
