@@ -62,13 +62,15 @@ _switching = threading.RLock()
 # The CPU's form of attention has no formula of its own.
 _aten = torch.ops.aten
 _SAME_COST = {_aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention}
+_SCALARS = frozenset([bool, int, float, str])
 _cache: WeakKeyDictionary[nn.Module, tuple[tuple, Macs]] = WeakKeyDictionary()
 
 
 def count_macs(model: nn.Module, shape: Iterable[int]) -> Macs:
     """Count the multiply-accumulates of one sample by running the dense model once on a sample of zeros.
 
-    The result is kept as long as the model consists of the same modules with parameters of the same shapes.
+    The result is kept as long as the model consists of the same modules with parameters of the same shapes and with
+    the same numbers and strings in their attributes.
 
     Args:
         model: a network in evaluation mode, with or without RoutedBlocks.
@@ -83,11 +85,22 @@ def count_macs(model: nn.Module, shape: Iterable[int]) -> Macs:
         raise ValueError(f"model: expected evaluation mode, but {type(model).__name__} is in training mode")
     # Weak references: the id of a module that was replaced may come back as the id of another.
     parameters = chain.from_iterable(m._parameters.values() for m in modules)
-    structure = tuple(shape), tuple(map(ref, modules)), tuple(None if p is None else p.shape for p in parameters)
+    shapes = tuple(None if p is None else p.shape for p in parameters)
+    structure = tuple(shape), shapes, [(ref(m), ref(type(m)), _settings(m)) for m in modules]
     kept = _cache.get(model)
     if kept is None or kept[0] != structure:
         kept = _cache[model] = structure, _count(model, structure[0])
     return kept[1]
+
+
+def _settings(module: nn.Module) -> list:
+    """The attributes that say how a module computes, such as a stride; nothing that might hold the model."""
+    return [tuple(v) if type(v) is list else v for v in vars(module).values() if _is_setting(v)]
+
+
+def _is_setting(value: object) -> bool:
+    kind = type(value)
+    return kind in _SCALARS or ((kind is tuple or kind is list) and all(map(_is_setting, value)))
 
 
 class _Counter(TorchDispatchMode):

@@ -163,6 +163,30 @@ def test_kept_result_follows_weights_of_another_shape():
     assert count_macs(model, SMALL_SHAPE).blocks[1].body == 2 * conv(3, 4, 2, 8)
 
 
+class Twice(Repeated):
+    times = 2
+
+
+def test_kept_result_follows_attributes_and_classes():
+    model, x = small(), torch.zeros(1, *SMALL_SHAPE)
+    first, second = model.features.stage1[1].body[::3]
+    first.padding, second.padding = [1, 1], (1, 1)
+    one = conv(3, 4, 4, 8)
+    before = count_macs(model, SMALL_SHAPE).dense
+
+    def changed():
+        costs = [spnet.fast_forward(model, x, impl=i, return_paths=True)[1] for i in ("masked", "routed", "batch")]
+        (dense,) = {paths.dense_macs for paths in costs}
+        return dense - before
+
+    first.padding[:], second.padding = [2, 2], (0, 0)
+    assert changed() == conv(3, 4, 4, 10) - one
+    first.padding[:], second.padding = [1, 1], (1, 1)
+    assert changed() == 0
+    second.__class__ = Twice
+    assert count_macs(model, SMALL_SHAPE).dense - before == one
+
+
 def test_kept_result_follows_the_size_of_the_input():
     model = nn.Sequential(nn.Conv2d(2, 3, 1)).eval()
     assert [count_macs(model, (2, side, side)).dense for side in (4, 8, 4)] == [conv(1, 2, 3, s) for s in (4, 8, 4)]
