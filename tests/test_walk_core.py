@@ -277,6 +277,23 @@ def test_thread_counts_and_batch_splits_agree_to_the_bit(network, precision):
             assert torch.equal(one[1], decisions[i : i + 1])
 
 
+def test_workers_treat_subnormal_numbers_as_their_caller_does(precision):
+    network = NETWORKS["whole-vectors"]
+    for w in network.weights:
+        w.mul_(w.dim() > 1)  # no biases, so that all is as small as the input
+    plan, x = make_plan(network, precision), network.input(64) * 1e-39
+    try:
+        for flushes in (True, False, True):  # workers are there from the second turn on
+            if not torch.set_flush_denormal(flushes):
+                pytest.skip("this processor does not flush them")
+            paths = torch.ones(64, len(network.blocks), dtype=torch.bool)
+            expected, _ = run(plan, network, x, paths)
+            for _ in range(10):
+                assert torch.equal(run(plan, network, x, paths, threads=4)[0], expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_input_layouts(network):
     plan, x = make_plan(network), network.input(4)
     expected = run(plan, network, x)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <condition_variable>
 #include <list>
@@ -23,6 +24,7 @@ struct Job {
   int64_t grain;
   detail::RangeFunction function;
   const void* context;
+  std::fenv_t environment{};  // the caller's: whether it flushes subnormal numbers, and how it rounds
   std::atomic<int64_t> next{0};
 
   // Guarded by Pool::mutex.
@@ -103,6 +105,7 @@ class Pool {
       ++job.inside;
       if (--job.places == 0) unlist(job);
       lock.unlock();
+      std::fesetenv(&job.environment);
       job.work();
       lock.lock();
       unlist(job);
@@ -141,6 +144,7 @@ void detail::parallel_for(int64_t n, int64_t grain, int threads, RangeFunction f
   grain = std::max<int64_t>(grain, 1);
   const int64_t ranges = (n + grain - 1) / grain;
   Job job{n, grain, function, context};
+  std::fegetenv(&job.environment);
   job.places = static_cast<int>(std::min<int64_t>(threads, ranges) - 1);
   pool().run(job, first, first_context);
 }

@@ -18,7 +18,7 @@ void parallel_for(int64_t n, int64_t grain, int threads, RangeFunction function,
 // Calls function(begin, end) on disjoint ranges of at most `grain` items that together cover [0, n).
 // The caller works too, beside at most `threads - 1` workers; whoever is free takes the next range.
 // With one thread, or with a single range, everything runs in the caller and no lock is taken.
-// The functions must not throw.
+// The functions must not throw. Workers compute in the caller's floating-point environment.
 //
 // With `first` the caller begins with first(), while the workers begin with the ranges; it is called once
 // whatever n is, before the caller takes a range of its own.
