@@ -4,9 +4,12 @@
 
 Trains on Fashion-MNIST, for every seed: a static network; from its weights, for as many epochs again, the static
 network itself and, for every target rate, the routed network under four objectives. All else is equal: data, order,
-augmentation, learning rates and initial weights of the routers. Every run is a folder of `spnet train`, so a study
-that was stopped goes on where it was. Then all networks are timed by `spnet.fast_forward` in one process, taking
-turns, and the results go to DIR/results.json, DIR/README.md and DIR/curves.png.
+augmentation, learning rates and initial weights of the routers. Then the networks are timed by `spnet.fast_forward` in
+one process, taking turns, and the results go to DIR/results.json, DIR/README.md and DIR/curves.png.
+
+A study that was stopped goes on by the same command. `--minutes` lets no training begin after so many; the networks
+that are trained by then are timed. What became of each goes into a small file in DIR/finished, which is all that
+another machine of the same kind needs to go on; the other folders are training runs of `spnet train`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import math
 import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import click
@@ -30,10 +34,11 @@ from bench.timing import take_turns
 from spnet.analysis.benchmarks import table
 from spnet.analysis.pictures import DPI, WIDTH
 from spnet.analysis.stability import evolution_alignment
-from spnet.models.files import load_model, load_static_weights
+from spnet.models.files import WEIGHTS, load_model, load_static_weights, write_whole
 from spnet.models.registry import create_model
 from spnet.training import Evaluation, TrainConfig, Trainer, evaluate
 from spnet.training.data import Loader, load_dataset
+from spnet.training.report import read_log
 
 STATIC = "static"
 # L_path and L_logits are what the momentum-updated auxiliary module is for, so they come and go together.
@@ -47,11 +52,14 @@ COLOURS = dict(zip(OBJECTIVES, ["#666666", "#2f6fab", "#d68910", "#c0392b"], str
 BATCH = 500
 # Test images, the first ones: for every epoch's evaluation and churn, for its alignment, and for the clock.
 EVERY_EPOCH, ALIGNED, TIMED = 2000, 500, 1000
+TURNS = 3.0  # seconds of the clock for each network
+
+Run = tuple[int, str, float | None]  # seed, objective, target rate
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The size of a study; a run of it is named by seed, objective and target rate."""
+    """The size of a study, and where its files are."""
 
     out: str
     model: str
@@ -62,7 +70,7 @@ class Study:
     device: str
     jobs: int
 
-    def runs(self) -> list[tuple[int, str, float | None]]:
+    def runs(self) -> list[Run]:
         """Everything that starts from a seed's static network."""
         routed = itertools.product(range(self.seeds), OBJECTIVES, self.rates)
         return [*((seed, STATIC, None) for seed in range(self.seeds)), *routed]
@@ -71,14 +79,40 @@ class Study:
         words = [objective.replace("+ ", "").replace(" ", "-").lower(), *([] if rate is None else [str(rate)])]
         return Path(self.out) / f"seed{seed}" / "-".join(words)
 
+    def result(self, seed: int, objective: str, rate: float | None) -> Path:
+        """What became of a run: there once it is trained and measured."""
+        return self.finished / f"seed{seed}-{self.folder(seed, objective, rate).name}.json"
+
     def start(self, seed: int) -> Path:
-        return Path(self.out) / f"seed{seed}" / "start"
+        """The weights that all runs of a seed start from."""
+        return self.finished / f"seed{seed}-start.safetensors"
+
+    @property
+    def finished(self) -> Path:
+        return Path(self.out) / "finished"
 
     def config(self, out: Path, seed: int, **settings) -> TrainConfig:
-        # The learning rate falls after 60 and 85 % of the epochs.
+        # The learning rate falls after 60 and 85 % of the epochs. Checkpoints are those of the epochs' ends.
         milestones = round(self.epochs * 0.6), round(self.epochs * 0.85)
         common = dict(model=self.model, data="fashion-mnist", epochs=self.epochs, milestones=milestones, seed=seed)
-        return TrainConfig(out=str(out), device=self.device, compile=True, **common, **settings)
+        common |= dict(device=self.device, compile=True, checkpoint_every=10**6)
+        return TrainConfig(out=str(out), **common, **settings)
+
+    def check(self) -> None:
+        """Leave word of what decides a run's outcome, or compare it with what is there.
+
+        Raises:
+            ValueError: the folder is of a study of another size.
+        """
+        settings = {name: getattr(self, name) for name in ("model", "images", "epochs", "device")}
+        note = self.finished / "study.json"
+        if note.exists():
+            there = json.loads(note.read_text())
+            other = [f"{name} {there[name]}, not {value}" for name, value in settings.items() if there[name] != value]
+            if other:
+                raise ValueError(f"out: {self.out} holds a study of {', '.join(other)}; name another folder")
+        self.finished.mkdir(parents=True, exist_ok=True)
+        write_whole(note, json.dumps(settings).encode())
 
 
 class _Watched(Trainer):
@@ -87,14 +121,28 @@ class _Watched(Trainer):
     def evaluate(self, impl: str = "auto") -> Evaluation:
         model = self.model.eval()
         value = evolution_alignment(model, itertools.islice(self.test_loader, ALIGNED // BATCH), self.device)
-        with open(self.run / "alignment.jsonl", "a") as f:
-            f.write(json.dumps({"epoch": self.epoch, "alignment": value}) + "\n")
+        write_whole(self.run / ALIGNMENT, json.dumps([*_alignment(self.run)[: self.epoch], value]).encode())
         return super().evaluate(impl)
 
 
-def _train(study: Study, config: TrainConfig) -> None:
+ALIGNMENT = "alignment.json"
+
+
+def _alignment(run: Path) -> list[float]:
+    """The evolution alignment after each epoch."""
+    noted = run / ALIGNMENT
+    return json.loads(noted.read_text()) if noted.exists() else []
+
+
+def _train(study: Study, deadline: float, config: TrainConfig) -> None:
+    """Train a network to its last epoch, if it is not yet and time is left.
+
+    Args:
+        deadline: the time, in seconds since the epoch, after which no training begins.
+    """
     out = Path(config.out)
-    if _epochs(out)[config.epochs - 1 :]:
+    waits = config.init is not None and not Path(config.init).exists()
+    if waits or _trained(config) or time.time() > deadline:
         return
     loaders = dict(
         train_loader=_loader("train", study.images, config.batch_size, device=config.device, seed=config.seed),
@@ -103,6 +151,15 @@ def _train(study: Study, config: TrainConfig) -> None:
     began = time.perf_counter()
     result = _Watched(config, **loaders).fit(resume=(out / "last").exists())
     print(f"{out}: {result.accuracy:.2%} in {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def _train_start(study: Study, deadline: float, seed: int) -> None:
+    if study.start(seed).exists():
+        return
+    config = config_of_start(study, seed)
+    _train(study, deadline, config)
+    if _trained(config):
+        write_whole(study.start(seed), (Path(config.out) / "last" / WEIGHTS).read_bytes())
 
 
 def _loader(split: str, images: int, batch_size: int, **options) -> Loader:
@@ -115,30 +172,41 @@ def _loader(split: str, images: int, batch_size: int, **options) -> Loader:
 def _epochs(run: Path) -> list[dict]:
     """The finished epochs of a run."""
     log = run / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return [line for line in lines if line["kind"] == "epoch"]
+    return [line for line in read_log(log) if line["kind"] == "epoch"] if log.exists() else []
 
 
-def configs(study: Study) -> tuple[list[TrainConfig], list[TrainConfig]]:
-    """The static networks that all start from, and the runs that start from them."""
-    starts = [study.config(study.start(seed), seed, static=True) for seed in range(study.seeds)]
-    rest = []
-    for seed, objective, rate in study.runs():
-        settings = dict(static=True) if objective == STATIC else dict(target_rate=rate, **OBJECTIVES[objective])
-        init = str(study.start(seed) / "last")
-        rest.append(study.config(study.folder(seed, objective, rate), seed, init=init, **settings))
-    return starts, rest
+def _trained(config: TrainConfig) -> bool:
+    return len(_epochs(Path(config.out))) == config.epochs
 
 
-def train(study: Study) -> None:
+def config_of_start(study: Study, seed: int) -> TrainConfig:
+    """Of the static network that all runs of a seed start from."""
+    return study.config(Path(study.out) / f"seed{seed}" / "start", seed, static=True)
+
+
+def config_of(study: Study, run: Run) -> TrainConfig:
+    seed, objective, rate = run
+    settings = dict(static=True) if objective == STATIC else dict(target_rate=rate, **OBJECTIVES[objective])
+    return study.config(study.folder(*run), seed, init=str(study.start(seed)), **settings)
+
+
+def _unfinished(study: Study) -> list[Run]:
+    return [run for run in study.runs() if not study.result(*run).exists()]
+
+
+def train(study: Study, deadline: float = math.inf) -> None:
+    """Train what is not trained yet; see `_train`."""
     threads = max(1, torch.get_num_threads() // study.jobs)
-    with multiprocessing.get_context("spawn").Pool(study.jobs, torch.set_num_threads, (threads,)) as pool:
-        for independent in configs(study):
-            pool.map(functools.partial(_train, study), independent, chunksize=1)
+    # Not multiprocessing.Pool: it waits for ever for a process that was killed.
+    processes = dict(mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads)
+    with ProcessPoolExecutor(study.jobs, **processes, initargs=(threads,)) as pool:
+        list(pool.map(functools.partial(_train_start, study, deadline), range(study.seeds)))
+        rest = [config_of(study, run) for run in _unfinished(study)]
+        list(pool.map(functools.partial(_train, study, deadline), rest))
 
 
-def measure(study: Study) -> dict[tuple, dict]:
-    """Every network on all test images, and its milliseconds per image in batches of 100."""
+def measure(study: Study, runs: list[Run]) -> dict[Run, dict]:
+    """These networks on all test images, and their milliseconds per image in batches of 100."""
     test = _loader("test", 10000, BATCH, device=study.device)
     x = next(iter(_loader("test", TIMED, TIMED, device=study.device)))[0]
     batches, calls, found = x.split(100), {}, {}
@@ -147,7 +215,7 @@ def measure(study: Study) -> dict[tuple, dict]:
         for part in batches:
             spnet.fast_forward(model, part, threshold=threshold)
 
-    for run in study.runs():
+    for run in runs:
         weights = study.folder(*run) / "last"
         model = load_model(weights).to(study.device, memory_format=torch.channels_last)
         timed, threshold = model, 0.0
@@ -159,34 +227,47 @@ def measure(study: Study) -> dict[tuple, dict]:
         calls[run] = functools.partial(forward, timed, threshold)
         tested = evaluate(model, test, device=study.device)
         found[run] = {"accuracy": tested.accuracy, "macs": tested.macs, "dense_macs": tested.dense_macs}
-    for run, times in take_turns(calls, 120.0).items():
+    for run, times in take_turns(calls, TURNS * len(calls)).items():
         found[run]["ms_per_image"] = min(times) * 1e3 / TIMED
     return found
 
 
-def collect(study: Study, measured: dict[tuple, dict]) -> dict:
-    """Everything measured, as one JSON value."""
-    found = []
-    for run in study.runs():
-        epochs = _epochs(study.folder(*run))
-        lines = (study.folder(*run) / "alignment.jsonl").read_text().splitlines()
-        alignment = {line["epoch"]: line["alignment"] for line in map(json.loads, lines)}
-        found.append(
-            {
-                **dict(zip(("seed", "objective", "rate"), run, strict=True)),
-                **measured[run],
-                "epochs": {
-                    "accuracy": [e["test"]["accuracy"] for e in epochs],
-                    "churn": [e["test"].get("churn") for e in epochs],
-                    "alignment": [alignment[e] for e in sorted(alignment)],
-                },
-            }
-        )
-    info = spnet.build_info()
+def finish(study: Study) -> None:
+    """Measure the networks that are trained, and write what became of each."""
+    runs = [run for run in _unfinished(study) if _trained(config_of(study, run))]
+    if not runs:
+        return
+    machine = spnet.build_info()
     if study.device == "cuda":
-        info["device"] = torch.cuda.get_device_name()
+        machine["device"] = torch.cuda.get_device_name()
+    for run, measured in measure(study, runs).items():
+        epochs = _epochs(study.folder(*run))
+        result = {
+            **dict(zip(("seed", "objective", "rate"), run, strict=True)),
+            **measured,
+            "epochs": {
+                "accuracy": [e["test"]["accuracy"] for e in epochs],
+                "churn": [e["test"].get("churn") for e in epochs],
+                "alignment": _alignment(study.folder(*run)),
+            },
+            "machine": machine,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        write_whole(study.result(*run), (json.dumps(result, indent=1) + "\n").encode())
+
+
+def collect(study: Study) -> dict:
+    """Everything measured, as one JSON value; what differs between the machines of several sessions stands together."""
+    found = [json.loads(study.result(*run).read_text()) for run in study.runs()]
+    machines, dates = ([run.pop(name) for run in found] for name in ("machine", "date"))
+    machine = {}
+    for name in dict.fromkeys(itertools.chain.from_iterable(machines)):
+        values = [m.get(name) for m in machines]
+        same = all(value == values[0] for value in values)
+        machine[name] = values[0] if same else " and ".join(dict.fromkeys(map(str, values)))
+    date = " to ".join(dict.fromkeys((min(dates), max(dates))))
     settings = {k: v for k, v in dataclasses.asdict(study).items() if k != "out"}
-    return {"machine": info, "date": time.strftime("%Y-%m-%d"), "study": settings, "runs": found}
+    return {"machine": machine, "date": date, "study": settings, "runs": found}
 
 
 def summarise(results: dict) -> dict[tuple[str, float | None], dict[str, list[float]]]:
@@ -219,7 +300,7 @@ def _spread(values: list[float] | None, digits: int) -> str:
 def markdown(results: dict) -> str:
     study = results["study"]
     machine = ", ".join(f"{k} {v}" for k, v in results["machine"].items() if k in _MACHINE)
-    lines = ["# What each regularizer of SP-Net does", "", __doc__.split("\n\n", 2)[2].strip(), ""]
+    lines = ["# What each regularizer of SP-Net does", "", __doc__.split("\n\n")[2], ""]
     lines += [
         f"{machine}; {results['date']}. {study['model']}, {study['epochs']} epochs of the first {study['images']} "
         f"training images of Fashion-MNIST, {study['seeds']} seeds: mean ± standard deviation over them. Accuracy and "
@@ -294,9 +375,11 @@ def _numbers(context, parameter, text: str) -> tuple[float, ...]:
 @click.option("--seeds", type=int, default=3)
 @click.option("--rates", default="0.3,0.5,0.7", callback=_numbers, help="Target rates.")
 @click.option("--jobs", type=int, help="Networks trained at once. Default: 8 on a GPU, one per core on a CPU.")
+@click.option("--minutes", type=float, default=math.inf, help="Begin no training after so many; go on another time.")
 @click.option("--report", is_flag=True, help="Only write the table and the curves again.")
-def main(out, model, images, epochs, seeds, rates, jobs, report) -> None:
+def main(out, model, images, epochs, seeds, rates, jobs, minutes, report) -> None:
     """Train and compare; sized to the machine it finds."""
+    deadline = time.time() + 60 * minutes
     if report:
         write(json.loads((Path(out) / "results.json").read_text()), Path(out))
         return
@@ -311,8 +394,23 @@ def main(out, model, images, epochs, seeds, rates, jobs, report) -> None:
         device="cuda" if gpu else "cpu",
         jobs=jobs or (8 if gpu else torch.get_num_threads()),
     )
-    train(study)
-    write(collect(study, measure(study)), Path(out))
+    try:
+        study.check()
+    except ValueError as e:
+        raise click.ClickException(str(e)) from e
+    failure = None
+    try:
+        train(study, deadline)
+    except Exception as e:  # one network that diverges, or a process that was killed: what the others did is kept
+        failure = e
+    finish(study)
+    if failure is not None:
+        raise failure
+    missing = len(_unfinished(study))
+    if missing:
+        click.echo(f"{len(study.runs()) - missing} of {len(study.runs())} runs are finished; the same command goes on")
+        return
+    write(collect(study), Path(out))
 
 
 if __name__ == "__main__":

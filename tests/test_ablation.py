@@ -1,14 +1,20 @@
 """The ablation study compares runs that differ in their objective alone, and its table is arithmetic of its runs."""
 
 import dataclasses
+import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import spnet
 from spnet.models.files import load_model, save_model
+from spnet.training.data import Loader
+from tests.images import random_set
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,14 +33,15 @@ def study(ablation):
 
 
 def test_runs_differ_in_their_objective_alone(ablation, study):
-    starts, rest = ablation.configs(study)
+    starts = [ablation.config_of_start(study, seed) for seed in range(2)]
+    rest = [ablation.config_of(study, run) for run in study.runs()]
     assert [c.static for c in starts] == [True, True]
-    assert len(rest) == 2 * (1 + 4 * 2)
+    assert len({c.out for c in starts + rest}) == 2 * (1 + 1 + 4 * 2)
     for config in starts + rest:
         assert (config.epochs, config.milestones, config.model) == (4, (2, 3), "resnet20_cifar")
     weights = {"weight_path", "weight_logits", "weight_evolution"}
     of_sp_net = next(c for c in rest if c.out.endswith("seed1/sp-net-0.25"))
-    assert of_sp_net.init == "out/seed1/start/last"
+    assert of_sp_net.init == "out/finished/seed1-start.safetensors"
     for name, off in {
         "l_act-only": weights,
         "path": {"weight_evolution"},
@@ -65,7 +72,7 @@ def test_every_network_is_measured(ablation, monkeypatch, tmp_path):
     forwards = []
     forward = spnet.fast_forward
     monkeypatch.setattr(spnet, "fast_forward", lambda *args, **kw: forwards.append(forward(*args, **kw)))
-    found = ablation.measure(study)
+    found = ablation.measure(study, study.runs())
     assert found.keys() == set(study.runs())
     assert all(values["ms_per_image"] == 2.0 for values in found.values())
     del forwards[:]
@@ -105,3 +112,130 @@ def test_table(ablation, study, tmp_path):
     assert "| static |  | 91.00 ± 1.41 | 50.0 ± 0.0 | 0.2500 ± 0.0000 |  |  | 0.400 ± 0.141 |" in text
     assert "4 epochs of the first 256 training images" in text
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+class Here:
+    """A pool of processes that is this one."""
+
+    map = staticmethod(map)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.fixture
+def small(ablation, monkeypatch):
+    """The command, for a study of small images whose every training takes a minute; returns the networks trained."""
+    clock, trained = [0.0], []
+    settings, fit = ablation.Study.config, ablation._Watched.fit
+
+    def loader(split, images, batch_size, **options):
+        data = random_set(32 if split == "train" else 24, channels=1, side=8, input_size=8)
+        return Loader(data, min(batch_size, 16), train=split == "train", **options)
+
+    def timed(self, **kwargs):
+        trained.append(self.run.name)
+        clock[0] += 60
+        return fit(self, **kwargs)
+
+    def run(out, *args, fails=False):
+        del trained[:]
+        size = ["--model", "resnet20_cifar", "--images", "32", "--epochs", "2", "--seeds", "1", "--rates", "0.5"]
+        done = CliRunner().invoke(ablation.main, ["--out", str(out), *size, "--jobs", "1", *args])
+        assert (done.exit_code != 0) == fails, done.output
+        return done.output, list(trained)
+
+    monkeypatch.setattr(ablation, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(ablation, "_loader", loader)
+    monkeypatch.setattr(ablation, "take_turns", lambda calls, seconds: dict.fromkeys(calls, [1.0]))
+    now = SimpleNamespace(time=lambda: clock[0], perf_counter=lambda: clock[0], strftime=lambda form: "2026-01-02")
+    monkeypatch.setattr(ablation, "time", now)
+    monkeypatch.setattr(ablation._Watched, "fit", timed)
+    monkeypatch.setattr(
+        ablation.Study,
+        "config",
+        lambda *args, **kw: dataclasses.replace(settings(*args, **kw), compile=False, batch_size=16, amp=False),
+    )
+    return run
+
+
+def test_study_goes_on_elsewhere_from_what_is_finished(small, tmp_path):
+    once, a, b = (tmp_path / name for name in ("once", "a", "b"))
+    every = ["start", "static", "l_act-only-0.5", "path-0.5", "evolution-0.5", "sp-net-0.5"]
+    assert small(once)[1] == every
+    text, trained = small(a, "--minutes", "2.5")
+    assert text.endswith("2 of 5 runs are finished; the same command goes on\n")
+    assert trained == every[:3]
+    assert not (a / "results.json").exists()
+    shutil.copytree(a / "finished", b / "finished")
+    assert small(b)[1] == every[3:]
+    assert small(b)[1] == []  # all is there
+    expected, got = (json.loads((out / "results.json").read_text()) for out in (once, b))
+    assert got == expected
+    assert [run["epochs"]["churn"][0] for run in got["runs"]] == [None] * 5
+    assert all(len(values) == 2 for run in got["runs"] for values in run["epochs"].values())
+    assert (b / "README.md").read_text() == (once / "README.md").read_text()
+    assert sum(file.stat().st_size for file in (b / "finished").iterdir()) < 2**21
+
+
+def test_machines_of_several_sessions_stand_together(small, ablation, monkeypatch, tmp_path):
+    machines = iter(({"cpu_level": "a", "threads": 2}, {"cpu_level": "b", "threads": 2}))
+    monkeypatch.setattr(spnet, "build_info", lambda: next(machines))
+    small(tmp_path, "--minutes", "2.5")
+    small(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["machine"] == {"cpu_level": "a and b", "threads": 2}
+    assert "cpu_level a and b, threads 2; 2026-01-02." in (tmp_path / "README.md").read_text()
+
+
+def test_folder_of_another_study(small, tmp_path):
+    small(tmp_path, "--minutes", "0")
+    text, trained = small(tmp_path, "--epochs", "3", fails=True)
+    assert "holds a study of epochs 2, not 3; name another folder" in text
+    assert trained == []
+
+
+def test_run_that_fails_loses_no_other(small, ablation, monkeypatch, tmp_path):
+    fit = ablation._Watched.fit
+
+    def diverge(self, **kwargs):
+        if self.run.name == "path-0.5":
+            raise FloatingPointError("cls: nan")
+        return fit(self, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ablation._Watched, "fit", diverge)
+        small(tmp_path, fails=True)
+    assert {file.name for file in (tmp_path / "finished").glob("*.json")} == {
+        "study.json",
+        "seed0-static.json",
+        "seed0-l_act-only-0.5.json",
+    }
+    assert small(tmp_path)[1] == ["path-0.5", "evolution-0.5", "sp-net-0.5"]
+
+
+def test_kill_while_an_epoch_is_noted(small, ablation, monkeypatch, tmp_path):
+    """Its line in the log is half there, and the epoch is trained again."""
+    write = ablation._Watched._write
+
+    def killed(self, kind, *args, **values):
+        write(self, kind, *args, **values)
+        if kind == "epoch":
+            log = self.run / "log.jsonl"
+            log.write_bytes(log.read_bytes()[:-30])
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ablation._Watched, "_write", killed)
+        small(tmp_path, fails=True)
+    assert (tmp_path / "seed0" / "start" / "log.jsonl").exists()
+    text, trained = small(tmp_path)
+    assert len(trained) == 6
+    assert all(
+        len(v) == 2 for r in json.loads((tmp_path / "results.json").read_text())["runs"] for v in r["epochs"].values()
+    )
