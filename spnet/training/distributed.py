@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -136,13 +137,26 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
-    """The model, with gradients averaged over the ranks; its buffers are left to :func:`average_over_ranks`."""
+def data_parallel(model: nn.Module, x: Tensor) -> nn.Module:
+    """The model, with gradients averaged over the ranks; its buffers are left to :func:`average_over_ranks`.
+
+    Args:
+        model: in training mode, it returns tensors and tuples of them.
+        x: an input; the model and its buffers stay as they are.
+    """
     if world_size() == 1:
         return model
     with warnings.catch_warnings():  # torch 2.13 prefers a name that torch 2.9 does not know
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    # After its first backward it packs the gradients in another order, and where one lies decides in which order three
+    # or more ranks are summed: the first step after a resume would have other bits. So the first backward is none's.
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    outputs = tree_leaves(parallel(x))
+    sum(output.sum() for output in outputs if output.requires_grad).backward()
+    model.zero_grad()
+    model.load_state_dict(before)
+    return parallel
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -112,7 +112,7 @@ def _evaluate(
     if sharded:
         correct, loss, macs, samples = distributed.sum_over_ranks([correct, loss, macs, samples])
         samples = int(samples)
-        # The ranks' parts of a batch are neighbours; of a last small batch the later ranks may have none.
+        # The ranks' parts of a batch are neighbours; of a last small batch some ranks may have none.
         batches = zip_longest(*distributed.gather_over_ranks(decisions))
         decisions = [part for batch in batches for part in batch if part is not None]
     if not samples:
@@ -200,7 +200,7 @@ class Trainer:
         networks = nn.ModuleList([self.model, *([] if self.auxiliary is None else [self.auxiliary])])
         self._statistics = [b for b in networks.buffers() if b.is_floating_point()]
         # The training forward; evaluations and checkpoints take the bare model.
-        self._forward = distributed.data_parallel(self.model)
+        self._forward = distributed.data_parallel(self.model.train(), torch.zeros(2, *size, device=self.device))
         if config.compile:
             self._forward = torch.compile(self._forward)
             if self.auxiliary is not None:
