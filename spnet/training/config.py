@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +70,12 @@ class TrainConfig:
         for name in ("target_rate", "auxiliary_momentum", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a value in [0, 1], got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "workers"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        weights = ("stage_weights", "weight_activation", "weight_path", "weight_logits", "weight_evolution")
+        for name in ("lr", "lr_decay", "weight_decay", "workers", *weights):
+            value = getattr(self, name)
+            # Infinity or NaN would show as a loss that is not finite, many steps later and by another name.
+            if not all(0 <= v < math.inf for v in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"{name}: expected at least 0 and finite, got {value}")
         if self.bad_shards not in ("skip", "raise"):
             raise ValueError(f"bad_shards: expected 'skip' or 'raise', got {self.bad_shards!r}")
         if not self.gradient_clamp > 0:
