@@ -11,9 +11,11 @@ import json
 import os
 import sys
 import tarfile
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate, cycle, islice
 from pathlib import Path
@@ -91,7 +93,7 @@ def index_shards(urls: Sequence[str], bad_shards: str = "skip") -> tuple[list[Sh
     """Read every shard through for its size and labels; in a job each rank reads its share of them.
 
     What was found is kept in ``$XDG_CACHE_HOME/spnet/shards`` (``~/.cache``), for a local file as long as it does not
-    change, for a URL for ever.
+    change, for a URL for ever; where nothing can be written there, for this time only.
 
     Args:
         bad_shards: "skip" prints and leaves out what is missing, corrupt, empty or has a sample without image or
@@ -131,7 +133,7 @@ def _index(url: str) -> tuple[str, Shard | str]:
         stamp = f"{os.path.abspath(url)} {url_stat.st_size} {url_stat.st_mtime_ns}"
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spnet" / "shards"
     kept = base / f"{hashlib.blake2b((stamp or url).encode(), digest_size=16).hexdigest()}.json"
-    if kept.exists():
+    with suppress(OSError):
         found = json.loads(kept.read_text())
         return url, Shard(url, found["samples"], tuple(found["labels"]))
     try:
@@ -141,8 +143,11 @@ def _index(url: str) -> tuple[str, Shard | str]:
     except _UNREADABLE as e:
         return url, f"{url}: {_why(e)}"
     shard = Shard(url, len(labels), tuple(sorted(set(labels))))
-    base.mkdir(parents=True, exist_ok=True)
-    write_whole(kept, json.dumps(asdict(shard)).encode())
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps(asdict(shard)).encode())
+    except OSError:  # the same words for every shard are shown once
+        warnings.warn(f"{base}: cannot be written, so every start reads all shards through", stacklevel=2)
     return url, shard
 
 

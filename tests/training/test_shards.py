@@ -106,6 +106,16 @@ def test_ranks_have_shards_of_their_own_and_equally_many_samples(folder):
         loader(folder, batch_size=6, shard=(0, 6))
 
 
+def test_sizes_that_cannot_be_kept_are_read_again(folder, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    urls = find_shards(folder, "train")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="file/spnet/shards: cannot be written, so every start reads all shards"):
+            found, bad = index_shards(urls)
+        assert ([s.samples for s in found], bad) == ([*SIZES], 0)
+
+
 def test_ranks_test_the_whole_set_in_order(folder):
     assert flat(labels(loader(folder, "test", 10))) == list(range(27))
     parts = [labels(loader(folder, "test", 10, shard=(r, 2), workers=r)) for r in range(2)]
