@@ -21,8 +21,8 @@ from spnet.demo import run_demo
 from spnet.models.files import CONFIG
 from spnet.models.hub import model_card
 from spnet.training import TrainConfig, Trainer, distributed, evaluate
-from spnet.training.data import DATASETS, Loader, load_dataset, make_loader
-from spnet.training.report import write_report
+from spnet.training.data import DATASETS, make_loader
+from spnet.training.report import FirstImages, easiest_and_hardest, read_images, write_report
 
 
 class _Group(click.Group):
@@ -184,15 +184,14 @@ def paths(
       spnet paths fashion-mnist --limit 1000 --out paths
       spnet paths runs/spnet/best --data cifar10 --card runs/spnet/best/README.md
     """
-    images = load_dataset(data, "test", data_root)
-    if limit is not None:
-        images = images.subset(min(limit, len(images)))
     network = _load(model)
-    stats = spnet.paths(network, Loader(images, batch_size, train=False))
+    loader = make_loader(data, "test", root=data_root, batch_size=batch_size, image_size=network.input_size)
+    stats = spnet.paths(network, FirstImages(loader, limit))
     click.echo(stats)
     if card is not None:
         card.write_text(model_card(network, stats))
-    for path in write_pictures(stats, images.images.permute(0, 2, 3, 1), out):
+    shown = easiest_and_hardest(stats)
+    for path in write_pictures(stats, read_images(loader, shown), out, shown):
         click.echo(path)
 
 

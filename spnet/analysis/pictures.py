@@ -161,11 +161,14 @@ def _show_image(ax: Axes, image: np.ndarray, stats: PathStatistics, i: int) -> N
         ax.annotate(text, (0.5, 0), (0, -3 - 11.5 * line), parse_math=False, **spot, **style)
 
 
-def write_pictures(stats: PathStatistics, images: Tensor | np.ndarray, folder: str | Path) -> list[Path]:
+def write_pictures(
+    stats: PathStatistics, images: Tensor | np.ndarray, folder: str | Path, chosen: Tensor | None = None
+) -> list[Path]:
     """Write ``rates.png``, ``cost.png`` and ``images.png`` (1200 pixels wide) into a folder, made if missing.
 
     Args:
         images: as in :func:`easiest_hardest`.
+        chosen: int64 [M], the samples that the images are of; None where they are of all.
 
     Returns:
         The three paths. Errors as in :func:`easiest_hardest`; nothing is written then.
@@ -173,7 +176,7 @@ def write_pictures(stats: PathStatistics, images: Tensor | np.ndarray, folder: s
     pictures = {
         "rates.png": rate_heat_map(stats),
         "cost.png": cost_histogram(stats),
-        "images.png": easiest_hardest(stats, images),
+        "images.png": easiest_hardest(stats if chosen is None else stats.subset(chosen), images),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

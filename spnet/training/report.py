@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def write_report(
             bad_shards=config.bad_shards,
         )
     blocks = tuple(routed_blocks(model))
-    alignment = evolution_alignment(model, _first(loader, limit), device)
+    alignment = evolution_alignment(model, FirstImages(loader, limit), device)
     parts = [
         _table(_summary(config, epochs, alignment)),
         "<h2>Training</h2>",
@@ -106,14 +106,16 @@ def write_report(
         parts.append(_picture(rates_over_epochs(log, blocks), "execution rate of every block over epochs"))
         if len(epochs) > 1:
             parts.append(_picture(churn_curve(log), "path churn over epochs"))
-        stats = paths(model, _first(loader, limit))
-        order = stats.by_difficulty
-        ends = torch.cat([order[:PICTURED], order[PICTURED:][-PICTURED:]])
+        stats = paths(model, FirstImages(loader, limit))
+        ends = easiest_and_hardest(stats)
         parts += [
             f"<h2>Paths of {stats.count}</h2>",
             _picture(rate_heat_map(stats), "execution rate by class and block"),
             _picture(cost_histogram(stats), "histogram of the cost per sample"),
-            _picture(_ends(stats, loader, ends), "images with the cheapest and with the costliest paths"),
+            _picture(
+                easiest_hardest(stats.subset(ends), read_images(loader, ends), PICTURED),
+                "images with the cheapest and with the costliest paths",
+            ),
         ]
     else:
         parts.append("<p>The network is static: it has no routers, and every image executes every block.</p>")
@@ -160,18 +162,34 @@ def _summary(config: TrainConfig, epochs: list[dict], alignment: float) -> dict[
     return facts
 
 
-def _first(batches: Iterable[tuple[Tensor, Tensor]], limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    for x, labels in batches:
-        yield x[:limit], labels[:limit]
-        if limit is not None:
-            limit -= len(x)
-            if limit <= 0:
-                return
+class FirstImages:
+    """Batches of the first `limit` images of a loader; of all where it is None."""
+
+    def __init__(self, loader: Loader | FolderLoader, limit: int | None):
+        self.loader, self.limit, self.class_names = loader, limit, loader.class_names
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        left = self.limit
+        for x, labels in self.loader:
+            yield x[:left], labels[:left]
+            if left is not None:
+                left -= len(x)
+                if left <= 0:
+                    return
 
 
-def _ends(stats: PathStatistics, loader: Loader | FolderLoader, chosen: Tensor) -> Figure:
-    """The chosen images, read once more: a whole test set of large images would not fit in memory."""
-    chosen = chosen.sort().values
+def easiest_and_hardest(stats: PathStatistics) -> Tensor:
+    """int64, ascending: the samples that are pictured, those with the cheapest and those with the costliest paths."""
+    order = stats.by_difficulty
+    return torch.cat([order[:PICTURED], order[PICTURED:][-PICTURED:]]).sort().values
+
+
+def read_images(loader: Loader | FolderLoader, chosen: Tensor) -> Tensor:
+    """The images at these ascending positions, read once more: a whole set of large images would not fit in memory.
+
+    Returns:
+        uint8 [M, S, S, C], as the network sees them.
+    """
     images, seen = [], 0
     for x, _ in loader:
         here = chosen[(chosen >= seen) & (chosen < seen + len(x))] - seen
@@ -181,7 +199,7 @@ def _ends(stats: PathStatistics, loader: Loader | FolderLoader, chosen: Tensor) 
             break
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (loader.mean, loader.std))
     pixels = (torch.cat(images) * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
-    return easiest_hardest(stats.subset(chosen), pixels.permute(0, 2, 3, 1), PICTURED)
+    return pixels.permute(0, 2, 3, 1)
 
 
 def _picture(figure: Figure, what: str) -> str:

@@ -247,6 +247,10 @@ def test_training_from_shards_by_the_command(tmp_path):
     assert '"bad_shards": 1' in log
     best = str(tmp_path / "run" / "best")
     assert "3 samples: accuracy" in run("eval", best, "--data", "webdataset", "--data-root", str(tmp_path))
+    drawn = ("--limit", "2", "--out", str(tmp_path / "paths"))
+    text = run("paths", best, "--data", "webdataset", "--data-root", str(tmp_path), *drawn)
+    assert text.startswith("2 samples")
+    assert (tmp_path / "paths" / "images.png").exists()
     run("report", str(tmp_path / "run"))
     assert "Paths of 3 samples" in (tmp_path / "run" / "report.html").read_text()
     assert "1 of 3 shards cannot be read" in fail(*command, "--bad-shards", "raise")
