@@ -319,12 +319,15 @@ def forward_training(model: nn.Module, x: Tensor) -> SPNetOutput:
     L_logits run the auxiliary module's copy in the same way, ``forward_training(auxiliary.module, x)`` in
     ``torch.no_grad()``.
 
+    In the code that torch.compile makes of a whole network nobody sees its blocks: compile the body of each block.
+
     Args:
         model: in training mode; its output is a tensor [B, classes].
         x: input batch [B, ...].
 
     Raises:
-        ValueError: a model without RoutedBlocks, in evaluation mode, or with a block that its forward does not call.
+        ValueError: a model without RoutedBlocks, in evaluation mode, or with a block that its forward does not call
+            or calls in compiled code.
     """
     blocks = routed_blocks(model)
     if not blocks or not model.training:
@@ -334,7 +337,9 @@ def forward_training(model: nn.Module, x: Tensor) -> SPNetOutput:
         output = model(x)
     idle = [name for name, block in blocks.items() if block not in run.routings]
     if idle:
-        raise ValueError(f"model: the forward of {type(model).__name__} did not call block {idle[0]!r}")
+        raise ValueError(
+            f"model: the forward of {type(model).__name__} did not call block {idle[0]!r}, or calls it in compiled code"
+        )
     routings = [run.routings[block] for block in blocks.values()]
     pooled = [Router.pool(r.output) for r in routings]
     features = tuple(torch.stack(list(stage), 1) for _, stage in groupby(pooled, key=lambda p: p.shape[1]))

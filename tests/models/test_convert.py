@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import spnet
 from spnet.analysis.macs import count_macs
@@ -279,6 +280,22 @@ def test_forward_training_of_a_model_that_leaves_out_a_block(x):
     model.layer1.forward = lambda x: model.layer1[1](x)
     with pytest.raises(ValueError, match="the forward of Network did not call block 'layer1.0'"):
         spnet.forward_training(model, x)
+
+
+def test_forward_training_of_compiled_code(x):
+    model = spnet.convert(Network(Basic))
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="did not call block 'layer1.0', or calls it in compiled code"):
+        spnet.forward_training(model, x)
+    plain = spnet.convert(Network(Basic))
+    compiled = copy.deepcopy(plain)
+    for block in routed_blocks(compiled).values():
+        block.body.compile(backend="eager")
+    outputs = []
+    for network in (plain, compiled):
+        torch.manual_seed(1)
+        outputs.append(spnet.forward_training(network, x))
+    assert all(map(torch.equal, tree_leaves(outputs[0]), tree_leaves(outputs[1])))
 
 
 def test_frozen_modules_stay_frozen():
