@@ -69,6 +69,7 @@ class Study:
     rates: tuple[float, ...]
     device: str
     jobs: int
+    batch_size: int = TrainConfig.batch_size
 
     def runs(self) -> list[Run]:
         """Everything that starts from a seed's static network."""
@@ -95,7 +96,7 @@ class Study:
         # The learning rate falls after 60 and 85 % of the epochs. Checkpoints are those of the epochs' ends.
         milestones = round(self.epochs * 0.6), round(self.epochs * 0.85)
         common = dict(model=self.model, data="fashion-mnist", epochs=self.epochs, milestones=milestones, seed=seed)
-        common |= dict(device=self.device, compile=True, checkpoint_every=10**6)
+        common |= dict(batch_size=self.batch_size, device=self.device, compile=True, checkpoint_every=10**6)
         return TrainConfig(out=str(out), **common, **settings)
 
     def check(self) -> None:
@@ -104,7 +105,7 @@ class Study:
         Raises:
             ValueError: the folder is of a study of another size.
         """
-        settings = {name: getattr(self, name) for name in ("model", "images", "epochs", "device")}
+        settings = {name: getattr(self, name) for name in ("model", "images", "epochs", "batch_size", "device")}
         note = self.finished / "study.json"
         if note.exists():
             there = json.loads(note.read_text())
@@ -303,7 +304,8 @@ def markdown(results: dict) -> str:
     lines = ["# What each regularizer of SP-Net does", "", __doc__.split("\n\n")[2], ""]
     lines += [
         f"{machine}; {results['date']}. {study['model']}, {study['epochs']} epochs of the first {study['images']} "
-        f"training images of Fashion-MNIST, {study['seeds']} seeds: mean ± standard deviation over them. Accuracy and "
+        f"training images of Fashion-MNIST in batches of {study.get('batch_size', 128)}, {study['seeds']} seeds: "
+        "mean ± standard deviation over them. Accuracy and "
         "cost (of the dense network's MACs) are of all 10,000 test images after the last epoch. Churn is the share of "
         f"decisions, of the first {EVERY_EPOCH} test images, that flip between consecutive epochs: the mean over all "
         "epochs and that of the last one. Alignment is the mean cosine of successive feature differences, of "
@@ -372,12 +374,13 @@ def _numbers(context, parameter, text: str) -> tuple[float, ...]:
 @click.option("--model", help="Default: resnet32_cifar on a GPU, resnet20_cifar on a CPU.")
 @click.option("--images", type=int, help="Training images, the first ones. Default: all on a GPU, 10240 on a CPU.")
 @click.option("--epochs", type=int, help="Default: 20 on a GPU, 6 on a CPU.")
+@click.option("--batch-size", type=int, default=TrainConfig.batch_size, show_default=True, help="Images per step.")
 @click.option("--seeds", type=int, default=3)
 @click.option("--rates", default="0.3,0.5,0.7", callback=_numbers, help="Target rates.")
 @click.option("--jobs", type=int, help="Networks trained at once. Default: 8 on a GPU, one per core on a CPU.")
 @click.option("--minutes", type=float, default=math.inf, help="Begin no training after so many; go on another time.")
 @click.option("--report", is_flag=True, help="Only write the table and the curves again.")
-def main(out, model, images, epochs, seeds, rates, jobs, minutes, report) -> None:
+def main(out, model, images, epochs, batch_size, seeds, rates, jobs, minutes, report) -> None:
     """Train and compare; sized to the machine it finds."""
     deadline = time.time() + 60 * minutes
     if report:
@@ -393,6 +396,7 @@ def main(out, model, images, epochs, seeds, rates, jobs, minutes, report) -> Non
         rates=rates,
         device="cuda" if gpu else "cpu",
         jobs=jobs or (8 if gpu else torch.get_num_threads()),
+        batch_size=batch_size,
     )
     try:
         study.check()

@@ -137,7 +137,7 @@ def small(ablation, monkeypatch):
 
     def loader(split, images, batch_size, **options):
         data = random_set(32 if split == "train" else 24, channels=1, side=8, input_size=8)
-        return Loader(data, min(batch_size, 16), train=split == "train", **options)
+        return Loader(data, min(batch_size, 24), train=split == "train", **options)
 
     def timed(self, **kwargs):
         trained.append(self.run.name)
@@ -146,8 +146,8 @@ def small(ablation, monkeypatch):
 
     def run(out, *args, fails=False):
         del trained[:]
-        size = ["--model", "resnet20_cifar", "--images", "32", "--epochs", "2", "--seeds", "1", "--rates", "0.5"]
-        done = CliRunner().invoke(ablation.main, ["--out", str(out), *size, "--jobs", "1", *args])
+        size = "--model resnet20_cifar --images 32 --epochs 2 --seeds 1 --rates 0.5 --batch-size 16 --jobs 1".split()
+        done = CliRunner().invoke(ablation.main, ["--out", str(out), *size, *args])
         assert (done.exit_code != 0) == fails, done.output
         return done.output, list(trained)
 
@@ -160,7 +160,7 @@ def small(ablation, monkeypatch):
     monkeypatch.setattr(
         ablation.Study,
         "config",
-        lambda *args, **kw: dataclasses.replace(settings(*args, **kw), compile=False, batch_size=16, amp=False),
+        lambda *args, **kw: dataclasses.replace(settings(*args, **kw), compile=False, amp=False),
     )
     return run
 
@@ -195,8 +195,8 @@ def test_machines_of_several_sessions_stand_together(small, ablation, monkeypatc
 
 def test_folder_of_another_study(small, tmp_path):
     small(tmp_path, "--minutes", "0")
-    text, trained = small(tmp_path, "--epochs", "3", fails=True)
-    assert "holds a study of epochs 2, not 3; name another folder" in text
+    text, trained = small(tmp_path, "--epochs", "3", "--batch-size", "8", fails=True)
+    assert "holds a study of epochs 2, not 3, batch_size 16, not 8; name another folder" in text
     assert trained == []
 
 
