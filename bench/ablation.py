@@ -109,7 +109,8 @@ class Study:
         note = self.finished / "study.json"
         if note.exists():
             there = json.loads(note.read_text())
-            other = [f"{name} {there[name]}, not {value}" for name, value in settings.items() if there[name] != value]
+            pairs = ((name, there.get(name), value) for name, value in settings.items())
+            other = [f"{name} {found}, not {value}" for name, found, value in pairs if found != value]
             if other:
                 raise ValueError(f"out: {self.out} holds a study of {', '.join(other)}; name another folder")
         self.finished.mkdir(parents=True, exist_ok=True)
