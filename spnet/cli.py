@@ -21,6 +21,7 @@ from spnet.demo import run_demo
 from spnet.models.files import CONFIG
 from spnet.models.hub import model_card
 from spnet.training import TrainConfig, Trainer, distributed, evaluate
+from spnet.training.config import PRESETS
 from spnet.training.data import DATASETS, make_loader
 from spnet.training.report import FirstImages, easiest_and_hardest, read_images, write_report
 
@@ -37,7 +38,10 @@ class _Group(click.Group):
             raise click.ClickException(str(e)) from e
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
+
+
+@click.group(cls=_Group, context_settings=_CONTEXT)
 @click.version_option(spnet.__version__)
 def main() -> None:
     """Dynamic inference networks that really skip what their routers skip."""
@@ -75,18 +79,37 @@ def demo(out: Path, batch_size: int, repeats: int) -> None:
 def _config_options(command):
     """An option for every setting of TrainConfig; the preset supplies what is not given."""
     types = typing.get_type_hints(TrainConfig)
+    choices = {"model": spnet.list_models(), "data": DATASETS}
     for field in reversed(dataclasses.fields(TrainConfig)):
         hint = types[field.name]
         name = "--" + field.name.replace("_", "-")
+        told = dict(help=f"{field.metadata['about']}{_values(field)}", default=None)
+        chosen = choices.get(field.name, field.metadata["choices"])
         if hint is bool:
-            option = click.option(f"{name}/--no-{name[2:]}", default=None)
+            option = click.option(f"{name}/--no-{name[2:]}", **told)
         elif typing.get_origin(hint) is tuple:
-            option = click.option(name, help="Comma-separated.", callback=_numbers(typing.get_args(hint)[0]))
+            option = click.option(name, callback=_numbers(typing.get_args(hint)[0]), metavar="N,N,...", **told)
         else:
             kind = next(t for t in (typing.get_args(hint) or (hint,)) if t is not type(None))
-            option = click.option(name, type=kind)
+            metavar = "NAME" if field.name == "model" else None  # the others are few enough to be listed
+            option = click.option(name, type=click.Choice(chosen) if chosen else kind, metavar=metavar, **told)
         command = option(command)
     return command
+
+
+def _values(field: dataclasses.Field) -> str:
+    """The value of a setting in every preset, for its help; nothing where there is none."""
+    if field.default is None:
+        return ""
+    values = {name: _shown(preset.get(field.name, field.default)) for name, preset in PRESETS.items()}
+    alike = len(set(values.values())) == 1
+    return f"  [{_shown(field.default) if alike else '; '.join(map(' '.join, values.items()))}]"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _numbers(kind: type):
@@ -100,7 +123,9 @@ def _numbers(kind: type):
 
 
 @main.command(context_settings={"show_default": False})
-@click.option("--preset", type=click.Choice(["cifar", "imagenet"]), default="cifar", help="Supplies what is not given.")
+@click.option(
+    "--preset", type=click.Choice(list(PRESETS)), default="cifar", help="Supplies what is not given, see brackets."
+)
 @click.option("--config", "file", type=click.Path(exists=True), help="Settings saved by a run, instead of a preset.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
 @_config_options

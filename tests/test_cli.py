@@ -1,5 +1,6 @@
 """The ``spnet`` command, run as a user types it."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from spnet.cli import main
+from spnet.training import TrainConfig
 from spnet.training.data import DATASETS
 from tests.images import write_fashion_mnist
 
@@ -40,6 +42,22 @@ def data(tmp_path):
 def test_help_shows_an_example(command):
     assert "Example" in run(command, "--help")
     assert f"spnet {command}" in run(command, "--help")
+
+
+def test_train_help_tells_every_setting_and_its_values():
+    """So that nobody has to read the source to know what a preset does."""
+    text = _without_space(run("train", "--help"))  # lines are broken at spaces and hyphens
+    for field in dataclasses.fields(TrainConfig):
+        option = "--" + field.name.replace("_", "-")
+        assert option in text
+        assert _without_space(field.metadata["about"]) in text
+    assert "bylr-decay.[cifar150,250;imagenet50,100]" in text
+    assert "targetrate.[cifaroff;imageneton]" in text
+    assert "MomentumofSGD.[0.9]" in text
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def test_demo_compares_both_and_writes_the_pictures(tmp_path):
@@ -104,7 +122,10 @@ def test_errors_are_one_line():
     assert "No such option" in fail("train", "--learning-rate", "1")
     assert "invalid literal" in fail("train", "--milestones", "1,soon")
     assert "target_rate: expected a value in [0, 1]" in fail("train", "--target-rate", "1.5")
-    assert all(name in fail("eval", "fashion-mnist", "--data", "mnist") for name in DATASETS)
+    for command in (["eval", "fashion-mnist"], ["train"]):
+        assert all(name in fail(*command, "--data", "mnist") for name in DATASETS)
+    assert "resnet110_cifar" in fail("train", "--model", "resnet110")
+    assert "'final', 'equal'" in fail("train", "--pairing", "first")
 
 
 def test_files_and_folders_in_the_way_are_one_line(tmp_path, data):

@@ -61,6 +61,8 @@ def test_unknown_preset():
         {"workers": -1},
         {"image_size": 0},
         {"bad_shards": "ignore"},
+        {"evolution": "between"},
+        {"pairing": "first"},
     ],
     ids=str,
 )
