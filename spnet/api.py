@@ -36,7 +36,8 @@ def _scan(model: nn.Module) -> _Scan:
     for name, module in model.named_modules():
         if module.training:
             raise ValueError(
-                f"model: expected evaluation mode, but {name or 'the model'!r} is in training mode; call model.eval()"
+                f"model: expected evaluation mode, but {repr(name) if name else 'it'} is in training mode; "
+                "call model.eval()"
             )
         compiled = module._compiled_call_impl is not None and module is not model or "_orig_mod" in module._modules
         if compiled and any(isinstance(m, RoutedBlock) for m in module.modules()):
@@ -202,7 +203,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     choices: tuple[str, ...] = ("routed",) * len(scan.blocks)
     try:
         plan = plan_of(model, x)
-        impl, reason = plan.impl, "native code carries the samples through all blocks, a thread a few at once"
+        impl, reason = plan.impl, "native code, in which each thread carries a few samples at a time through all blocks"
         if plan.impl == "batch":
             how = "one CUDA graph of kernels" if plan.device.type == "cuda" else "fused operators"
             choices, reason = (

@@ -20,6 +20,7 @@ from spnet.api import IMPLEMENTATIONS
 from spnet.demo import run_demo
 from spnet.models.files import CONFIG
 from spnet.models.hub import model_card
+from spnet.routing import routed_blocks
 from spnet.training import TrainConfig, Trainer, distributed, evaluate
 from spnet.training.config import PRESETS
 from spnet.training.data import DATASETS, make_loader
@@ -49,7 +50,14 @@ def main() -> None:
 
 def _load(folder: str) -> spnet.SPNet:
     """A model folder, or the name of a bundled network."""
-    return spnet.load_model(folder) if (Path(folder) / CONFIG).exists() else spnet.load_pretrained(folder)
+    path = Path(folder)
+    if (path / "best" / CONFIG).exists():
+        raise ValueError(f"model: {folder} is a training run; its networks are {path / 'best'} and {path / 'last'}")
+    if (path / CONFIG).exists():
+        return spnet.load_model(path)
+    if path.exists():
+        raise FileNotFoundError(f"model: {folder} is no model folder, as there is no {CONFIG} in it")
+    return spnet.load_pretrained(folder)
 
 
 def _data_options(command):
@@ -302,4 +310,5 @@ def info(model: str | None) -> None:
     network.eval()
     shape = (network.in_channels, network.input_size, network.input_size)
     click.echo("\n" + format_macs(count_macs(network, shape)))
-    click.echo(f"\n{spnet.explain(network, torch.zeros(1, *shape))}")
+    if routed_blocks(network):
+        click.echo(f"\n{spnet.explain(network, torch.zeros(1, *shape))}")

@@ -25,7 +25,7 @@ def preprocess(model: SPNet, images: Tensor | np.ndarray) -> Tensor:
     Raises:
         ValueError: another shape or dtype, or a model without recorded mean and std.
     """
-    if model.data is None:
+    if getattr(model, "data", None) is None:  # networks of others have none
         raise ValueError("model: the mean and std of its training data are unknown; normalise the images yourself")
     images = torch.as_tensor(images)
     if images.dim() == 3:

@@ -95,6 +95,8 @@ def test_train_eval_paths(tmp_path, data):
     assert "holds a run already" in fail(*routed)
     assert "other settings: lr" in fail(*routed, "--lr", "1", "--resume")
     run("train", "--config", f"{out}/config.json", "--resume")
+    assert f"networks are {out}/best and {out}/last" in fail("eval", out, *data_set)
+    assert "every sample executes everything" in run("info", f"{static}/best")
     text = run("eval", f"{out}/best", *data_set)
     assert "32 samples: accuracy" in text
     card = tmp_path / "README.md"
@@ -117,8 +119,9 @@ def test_info():
     assert "impl = walk" in text
 
 
-def test_errors_are_one_line():
+def test_errors_are_one_line(tmp_path):
     assert "unknown pretrained network 'nowhere'" in fail("eval", "nowhere")
+    assert "is no model folder, as there is no config.json in it" in fail("eval", str(tmp_path))
     assert "No such option" in fail("train", "--learning-rate", "1")
     assert "invalid literal" in fail("train", "--milestones", "1,soon")
     assert "target_rate: expected a value in [0, 1]" in fail("train", "--target-rate", "1.5")

@@ -172,6 +172,8 @@ def test_preprocess_needs_the_recorded_mean_and_std(model):
     model.data = None
     with pytest.raises(ValueError, match="model: the mean and std of its training data are unknown"):
         spnet.preprocess(model, random_images(2, 28, 28, model.in_channels))
+    with pytest.raises(ValueError, match="model: the mean and std of its training data are unknown"):
+        spnet.preprocess(torch.nn.Linear(1, 1), random_images(2, 28, 28, 1))
 
 
 def test_who_deploys_does_not_import_training():

@@ -225,7 +225,7 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
         if module._compiled_call_impl is not None:  # by .compile()
             eager = torch.compiler.set_stance("force_eager")
         if module.training:
-            raise LoweringError("the network is in training mode")
+            raise LoweringError("the network is in training mode; call model.eval()")
         if module._forward_hooks or module._forward_pre_hooks:
             raise LoweringError("a forward hook expects the modules to be called")
         forward = vars(module).get("forward")

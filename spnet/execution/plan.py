@@ -105,6 +105,14 @@ class Plan:
             self.impl, self.reason = "batch", str(e)
             self.execution("batch")
 
+    def __repr__(self) -> str:
+        shape = ", ".join(map(str, self.input_shape))
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"Plan({dtype} [B, {shape}] -> [B, {self.num_classes}], {self.num_blocks} blocks, "
+            f"by {self.impl} on {self.device})"
+        )
+
     @property
     def choices(self) -> tuple[str, ...]:
         return tuple("dense" if dense else "routed" for dense in self._dense)
@@ -125,16 +133,16 @@ class Plan:
         """The weights as one execution has packed them, when it was first asked for.
 
         Raises:
-            LoweringError: the network does not fit ``impl``.
+            LoweringError: an unknown ``impl``, or one that the network does not fit.
         """
         impl = self.impl if impl == "auto" else impl
         found = self._executions.get(impl)
         if found is None:
-            make = _EXECUTIONS[self.device.type].get(impl)
-            if make is None:
-                raise LoweringError(f"{impl} does not run on {self.device}")
+            make = _EXECUTIONS[self.device.type]
+            if impl not in make:
+                raise LoweringError(f"impl: a plan runs by {' or '.join(map(repr, make))}, got {impl!r}")
             try:
-                found = make(self.network, self.weights.to(self.device), self.dtype)
+                found = make[impl](self.network, self.weights.to(self.device), self.dtype)
             except ValueError as e:
                 raise LoweringError(str(e).removeprefix("plan: ")) from e
             if impl == "batch":
@@ -165,7 +173,8 @@ class Plan:
             Logits [B, classes] of the plan's dtype, or (logits, Paths).
 
         Raises:
-            ValueError: another shape, dtype or device; LoweringError where the network does not fit ``impl``.
+            ValueError: another shape, dtype or device, or a threshold that is NaN; LoweringError for an unknown
+                ``impl``, or one that the network does not fit.
             TypeError: x or paths is no tensor.
         """
         logits, decisions = self.run(x, paths, threshold, impl)
@@ -178,6 +187,8 @@ class Plan:
         _check("x", x, self.dtype, (None, *self.input_shape), self.device)
         if paths is not None:
             _check("paths", paths, torch.bool, (len(x), self.num_blocks), self.device)
+        if math.isnan(threshold):
+            raise ValueError("threshold: expected a number, got NaN")
         # A negated view of memory, such as z.conj().imag, is not what lies there.
         logits, decisions = self.execution(impl).run(x.resolve_neg(), paths, threshold)
         return logits.to(self.dtype), decisions

@@ -54,6 +54,9 @@ def convert(
     the shortcut or the activation. Where they are convolutions with BatchNorm and ReLU only, as in plain ResNets,
     :func:`spnet.fast_forward` runs the network by a plan (see :func:`spnet.lower`), else by "routed".
 
+    To keep what has been trained, save the ``state_dict`` and load it into a network that was converted alike; to
+    deploy it, save the plan, which needs no class: ``spnet.lower(model, input_shape).save(path)``.
+
     Args:
         model: a network of blocks that compute ``activation(shortcut(x) + body(x))``, or the same without
             activation. The shortcut is the branch without, or with fewer, convolutions.

@@ -64,8 +64,11 @@ def save_model(model: SPNet, folder: str | Path) -> None:
         ValueError: a model that create_model did not make.
         OSError: a full disk, say.
     """
-    if model.config is None:
-        raise ValueError("model: expected one made by create_model, whose config says how to build it again")
+    if not isinstance(model, SPNet) or model.config is None:
+        raise ValueError(
+            "model: expected one made by create_model, whose config says how to build it again; "
+            "of another network keep the state_dict, or save the plan: spnet.lower(model).save(path)"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().contiguous() for name, t in model.state_dict().items()}

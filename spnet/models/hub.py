@@ -54,7 +54,7 @@ def model_card(model: SPNet, statistics: PathStatistics | None = None) -> str:
     Raises:
         ValueError: a model that create_model did not make.
     """
-    if model.config is None:
+    if not isinstance(model, SPNet) or model.config is None:
         raise ValueError("model: expected one made by create_model, whose config says what it is called")
     size = model.input_size
     macs = count_macs(copy.deepcopy(model).eval(), (model.in_channels, size, size))

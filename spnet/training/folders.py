@@ -34,7 +34,7 @@ def image_folder(root: str | Path | None, split: Split, *, train: bool | None = 
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise ImportError("folders of images need torchvision: install it with `pip install spnet[vision]`") from error
+        raise ImportError("folders of images need torchvision: install it with `pip install torchvision`") from error
     return datasets.ImageFolder(str(folder), transform=image_transform(train, size), loader=_read_rgb)
 
 

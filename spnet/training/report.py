@@ -79,6 +79,8 @@ def write_report(
         ValueError: a damaged file, a log without a whole epoch, or a device that is not there.
     """
     run = Path(run)
+    if not (run / "log.jsonl").exists():
+        raise FileNotFoundError(f"run: no training run at {run}, as there is no log.jsonl")
     config, log = TrainConfig.load(run / "config.json"), read_log(run / "log.jsonl")
     epochs = whole_epochs(log)
     model = load_model(run / "best").to(usable_device(device))

@@ -81,8 +81,9 @@ def find_shards(root: str | Path | None, split: Split) -> list[str]:
 
     shards = list(filter(belongs, urls))
     if not shards:
+        found = "none named" if root is None else f"no shards for {split!r} in {root}"
         raise FileNotFoundError(
-            f"data_root: no shards for {split!r} in {root}. Expected tar files whose names or folders contain "
+            f"data_root: {found}. Expected tar files whose names or folders contain "
             f"{' or '.join(map(repr, _WORDS[split]))}: a folder of them, or a pattern such as "
             "'https://host/{train-{000..146},val-{00..06}}.tar'."
         )
@@ -189,7 +190,7 @@ def _webdataset() -> Any:
     try:
         import webdataset
     except ImportError as error:
-        raise ImportError("shards need webdataset: install it with `pip install spnet[shards]`") from error
+        raise ImportError("shards need webdataset: install it with `pip install webdataset`") from error
     return webdataset
 
 

@@ -60,6 +60,18 @@ def test_bad_paths(network):
         spnet.lower(network)(torch.zeros(2, 1, 32, 32), paths=torch.ones(2, 8, dtype=torch.bool))
 
 
+def test_bad_options(network):
+    plan, x = spnet.lower(network), torch.zeros(1, 1, 32, 32)
+    with pytest.raises(ValueError, match="threshold: expected a number, got NaN"):
+        plan(x, threshold=float("nan"))
+    with pytest.raises(ValueError, match="impl: a plan runs by 'walk' or 'batch', got 'routed'"):
+        plan(x, impl="routed")
+
+
+def test_says_what_it_is(network):
+    assert repr(spnet.lower(network)) == "Plan(float32 [B, 1, 32, 32] -> [B, 10], 9 blocks, by walk on cpu)"
+
+
 def test_what_is_no_tensor(network):
     plan, x = spnet.lower(network), torch.zeros(1, 1, 32, 32)
     with pytest.raises(TypeError, match="x: expected a Tensor, got ndarray"):

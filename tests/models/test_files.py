@@ -76,6 +76,8 @@ def test_files_have_the_usual_permissions(folder):
 def test_model_that_create_model_did_not_make(tmp_path):
     with pytest.raises(ValueError, match="model: expected one made by create_model"):
         save_model(spnet.SPNet([1, 1], [8, 8], num_classes=2), tmp_path / "x")
+    with pytest.raises(ValueError, match="of another network keep the state_dict, or save the plan"):
+        save_model(torch.nn.Linear(1, 1), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

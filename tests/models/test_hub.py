@@ -89,6 +89,8 @@ def test_model_that_create_model_did_not_make(tmp_path):
         model.save_pretrained(tmp_path / "net")
     with pytest.raises(ValueError, match="expected one made by create_model"):
         model_card(model)
+    with pytest.raises(ValueError, match="expected one made by create_model"):
+        model_card(torch.nn.Linear(1, 1))
     assert not (tmp_path / "net").exists()
 
 

@@ -28,7 +28,7 @@ def test_missing_torchvision_names_the_extra(tmp_path, monkeypatch):
         lambda: image_folder(tmp_path, "test"),
         lambda: make_loader("imagefolder", "train", root=tmp_path, batch_size=2),
     ):
-        with pytest.raises(ImportError, match=r"pip install spnet\[vision\]"):
+        with pytest.raises(ImportError, match="pip install torchvision"):
             call()
 
 

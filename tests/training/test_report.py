@@ -86,7 +86,7 @@ def test_static_run(tmp_path):
 def test_what_is_no_run(run, tmp_path):
     result = CliRunner().invoke(main, ["report", str(tmp_path / "nothing")])
     assert result.exit_code == 1
-    assert "nothing/config.json" in result.output
+    assert f"run: no training run at {tmp_path / 'nothing'}" in result.output
     broken = tmp_path / "broken"
     shutil.copytree(run, broken, symlinks=True)
     (broken / "log.jsonl").write_text("{}\n")

@@ -131,7 +131,8 @@ def test_which_shards(tmp_path, folder):
     assert find_shards("/a/train/{0..1}.tar::/a/test/0.tar", "test") == ["/a/test/0.tar"]
     (tmp_path / "empty").mkdir()
     for root in (None, tmp_path / "empty", "/a/train/0.tar"):
-        with pytest.raises(FileNotFoundError, match="data_root: no shards for 'test' in .* 'val' or 'test'"):
+        found = "none named" if root is None else f"no shards for 'test' in {root}"
+        with pytest.raises(FileNotFoundError, match=f"data_root: {found}.* 'val' or 'test'"):
             find_shards(root, "test")
 
 
@@ -228,7 +229,7 @@ def test_shards_of_a_url(folder, tmp_path):
 
 def test_missing_library_names_the_extra(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(ImportError, match=r"pip install spnet\[shards\]"):
+    with pytest.raises(ImportError, match="pip install webdataset"):
         make_loader("webdataset", "train", root=folder, batch_size=2)
 
 
