@@ -9,7 +9,7 @@
 namespace spnet::cuda {
 
 // `thread_blocks` of them at once, each warp a host thread. Throws std::runtime_error for a forbidden access
-// to shared memory. Returns the number of bank conflicts of ldmatrix.
+// to memory and for a race. Returns the number of bank conflicts of ldmatrix.
 template <class Element>
 int64_t emulate_walk(const WalkLayout& layout, const WalkBatch& batch, int thread_blocks);
 

@@ -3,10 +3,13 @@
 //
 // It is stricter than a GPU. Shared memory is a heap buffer of exactly the size asked for and begins as NaN,
 // and so does what cp.async has not yet delivered, which is delivered no earlier than it is waited for. An
-// access outside of it, or not aligned, is noted and does nothing; so is a copy to where one is under way.
+// access outside of it, or not aligned, is noted and does nothing. Noted too is a race: what one lane writes
+// and another one, of the same warp or not, touches with no barrier between; a touch of what cp.async has
+// under way; and a read of what nobody wrote.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
@@ -65,7 +68,9 @@ struct Lanes {
 class EmulatedBlock {
  public:
   explicit EmulatedBlock(int64_t shared_bytes)
-      : bytes_(shared_bytes), shared_(new (std::align_val_t(16)) char[shared_bytes]) {
+      : bytes_(shared_bytes),
+        shared_(new (std::align_val_t(16)) char[shared_bytes]),
+        touched_((shared_bytes + 3) / 4) {
     std::memset(shared_, 0xff, bytes_);
   }
   ~EmulatedBlock() { operator delete[](shared_, std::align_val_t(16)); }
@@ -92,6 +97,40 @@ class EmulatedBlock {
     return nullptr;
   }
 
+  // A thread between two barriers; kAll stands for all threads, none of which writes.
+  struct Moment {
+    static constexpr uint32_t kAll = 511;
+    uint32_t barriers, thread;
+
+    uint32_t stamp() const { return (barriers + 1) << 9 | thread; }
+    bool races(uint32_t other) const { return other >> 9 == stamp() >> 9 && other != stamp(); }
+  };
+
+  void reads(int64_t offset, int64_t size, Moment now) {
+    for (Touched& word : words(offset, size)) {
+      const uint32_t written = word.written;
+      if (written == 0) note(offset, "read, but never written");
+      if (written == kUnderWay) note(offset, "read while a copy is under way");
+      if (now.races(written)) note(offset, "written and read with no barrier between");
+      word.read = now.races(word.read) ? Moment{now.barriers, Moment::kAll}.stamp() : now.stamp();
+    }
+  }
+  void writes(int64_t offset, int64_t size, Moment now) {
+    for (Touched& word : words(offset, size)) {
+      const uint32_t written = word.written.exchange(now.stamp());
+      if (written == kUnderWay) note(offset, "written while a copy is under way");
+      if (now.races(written)) note(offset, "written twice with no barrier between");
+      if (now.races(word.read)) note(offset, "read and written with no barrier between");
+    }
+  }
+  void copies(int64_t offset, int64_t size, Moment now) {
+    writes(offset, size, now);
+    for (Touched& word : words(offset, size)) word.written = kUnderWay;
+  }
+  void copied(int64_t offset, int64_t size, Moment now) {
+    for (Touched& word : words(offset, size)) word.written = now.stamp();
+  }
+
   void note(const std::string& fault) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (fault_.empty()) fault_ = fault;
@@ -100,8 +139,27 @@ class EmulatedBlock {
   const std::string& fault() const { return fault_; }
 
  private:
+  // Of four bytes: by whom last, and when.
+  struct Touched {
+    std::atomic<uint32_t> written{0}, read{0};
+  };
+  struct Words {
+    Touched *first, *last;
+    Touched* begin() const { return first; }
+    Touched* end() const { return last; }
+  };
+  static constexpr uint32_t kUnderWay = ~0u;
+
+  Words words(int64_t offset, int64_t size) {
+    return {&touched_[offset / 4], &touched_[(offset + size - 1) / 4] + 1};
+  }
+  void note(int64_t offset, const char* fault) {
+    note("shared memory at " + std::to_string(offset) + " " + fault);
+  }
+
   const int64_t bytes_;
   char* const shared_;
+  std::vector<Touched> touched_;
   std::mutex mutex_;
   std::condition_variable all_here_;
   int waiting_ = 0;
@@ -134,7 +192,10 @@ class EmulatedWarp {
     return result;
   }
 
-  void barrier() { block_.barrier(); }
+  void barrier() {
+    block_.barrier();
+    ++barriers_;
+  }
 
   Float shuffle_xor(const Float& value, int mask) const {
     Float result;
@@ -149,8 +210,8 @@ class EmulatedWarp {
     const uint64_t left = __atomic_add_fetch(&queue->finished, 1, __ATOMIC_ACQ_REL);
     if (left == static_cast<uint64_t>(thread_blocks)) *queue = Queue{};
   }
-  void store_sample(int offset, int64_t sample) { write(offset, sample); }
-  int64_t load_sample(int offset) { return read<int64_t>(offset); }
+  void store_sample(int offset, int64_t sample) { write(offset, sample, 0); }
+  int64_t load_sample(int offset) { return *shared<int64_t>(offset); }
 
   // --- Shared memory: offsets in bytes ---------------------------------------------------------------------
 
@@ -158,6 +219,7 @@ class EmulatedWarp {
   const T* shared(int offset) {
     const bool inside = block_.place(offset, 4) && block_.place(offset + sizeof(T) - 4, 4);
     static const T nothing{};
+    if (inside) block_.reads(offset, sizeof(T), {barriers_, EmulatedBlock::Moment::kAll});
     return inside ? reinterpret_cast<const T*>(block_.place(offset, 4)) : &nothing;
   }
 
@@ -200,9 +262,11 @@ class EmulatedWarp {
     for (int i = 0; i < kLanes; ++i) result.at[i] = from[index.at[i]];
     return result;
   }
-  static void load_global(Float (&value)[4], const float* from, const Int& index) {
+  void load_global(Float (&value)[4], const float* from, const Int& index) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      for (int i = 0; i < 4; ++i) value[i].at[lane] = from[int64_t{index.at[lane]} * 4 + i];
+      const float* unit = from + int64_t{index.at[lane]} * 4;
+      require_aligned(unit);
+      for (int i = 0; i < 4; ++i) value[i].at[lane] = unit[i];
     }
   }
   static void store_global(float* to, const Int& index, const Float& value, const Bool& where) {
@@ -226,10 +290,11 @@ class EmulatedWarp {
       if (!where.at[i]) continue;
       char* to = block_.place(offset.at[i], sizeof(Unit));
       if (to == nullptr) continue;
-      const auto same = [&](const Copy& copy) { return copy.to == to; };
-      if (std::any_of(under_way_.begin(), under_way_.end(), same)) block_.note("two copies to one place");
+      const Unit* unit = static_cast<const Unit*>(from) + index.at[i];
+      require_aligned(unit);
+      block_.copies(offset.at[i], sizeof(Unit), now(i));
       std::memset(to, 0xff, sizeof(Unit));
-      under_way_.push_back({to, static_cast<const Unit*>(from) + index.at[i], groups_});
+      under_way_.push_back({to, unit, groups_, offset.at[i], i});
     }
   }
   void commit_copies() { ++groups_; }
@@ -286,31 +351,47 @@ class EmulatedWarp {
   struct Copy {
     char* to;
     const Unit* from;
-    int64_t group;
+    int64_t group, offset;
+    int lane;
   };
 
+  void require_aligned(const void* unit) {
+    if (reinterpret_cast<std::uintptr_t>(unit) % sizeof(Unit) != 0)
+      block_.note("global memory read in unaligned units");
+  }
+
+  EmulatedBlock::Moment now(int lane) const {
+    return {barriers_, static_cast<uint32_t>(index_ * kLanes + lane)};
+  }
+
   template <class T>
-  T read(int64_t offset) {
+  T read(int64_t offset, int lane) {
     T value{};
-    if (const char* from = block_.place(offset, sizeof(T))) std::memcpy(&value, from, sizeof(T));
+    if (const char* from = block_.place(offset, sizeof(T))) {
+      block_.reads(offset, sizeof(T), now(lane));
+      std::memcpy(&value, from, sizeof(T));
+    }
     return value;
   }
   template <class T>
-  void write(int64_t offset, const T& value) {
-    if (char* to = block_.place(offset, sizeof(T))) std::memcpy(to, &value, sizeof(T));
+  void write(int64_t offset, const T& value, int lane) {
+    if (char* to = block_.place(offset, sizeof(T))) {
+      block_.writes(offset, sizeof(T), now(lane));
+      std::memcpy(to, &value, sizeof(T));
+    }
   }
   template <class T>
   Lanes<T> read(const Int& offset, const Bool& where) {
     Lanes<T> result = T{};
     for (int i = 0; i < kLanes; ++i) {
-      if (where.at[i]) result.at[i] = read<T>(offset.at[i]);
+      if (where.at[i]) result.at[i] = read<T>(offset.at[i], i);
     }
     return result;
   }
   template <class T>
   void write(const Int& offset, const Lanes<T>& value, const Bool& where) {
     for (int i = 0; i < kLanes; ++i) {
-      if (where.at[i]) write(offset.at[i], value.at[i]);
+      if (where.at[i]) write(offset.at[i], value.at[i], i);
     }
   }
 
@@ -324,8 +405,10 @@ class EmulatedWarp {
   template <class Due>
   void deliver(const Due& due) {
     const auto later = std::stable_partition(under_way_.begin(), under_way_.end(), due);
-    for (auto copy = under_way_.begin(); copy != later; ++copy)
+    for (auto copy = under_way_.begin(); copy != later; ++copy) {
       *reinterpret_cast<Unit*>(copy->to) = *copy->from;
+      block_.copied(copy->offset, sizeof(Unit), now(copy->lane));
+    }
     under_way_.erase(under_way_.begin(), later);
   }
 
@@ -339,6 +422,7 @@ class EmulatedWarp {
   EmulatedBlock& block_;
   const int index_;
   std::vector<Copy> under_way_;
+  uint32_t barriers_ = 0;
   int64_t groups_ = 0, bank_conflicts_ = 0;
 };
 
