@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -34,6 +35,22 @@ template <>
 constexpr Kernel kernel_of<Float16> = &walk_kernel<__half>;
 template <>
 constexpr Kernel kernel_of<BFloat16> = &walk_kernel<__nv_bfloat16>;
+
+// The shared memory that a launch may ask for, beside what the kernel has of its own.
+int64_t shared_limit(Kernel kernel, int device) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) -
+         static_cast<int64_t>(attributes.sharedSizeBytes);
+}
+
+void require_tensor_cores(int device) {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  if (major >= 8) return;
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+  throw std::invalid_argument("plan: device: expected compute capability 8.0 or higher, got " +
+                              std::to_string(major) + "." + std::to_string(minor));
+}
 
 // Lets this thread allocate while another one, or itself, captures a stream.
 class CaptureSafe {
@@ -120,8 +137,9 @@ struct DevicePlan::State {
         blocks(layout.blocks),
         weights(layout.weights),
         floats(layout.floats) {
+    // All that any plan may need: the kernel's attribute is one for all plans.
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
+                               static_cast<int>(shared_limit(kernel, device))),
           "cudaFuncSetAttribute");
     int resident = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, network.shared_bytes),
@@ -142,10 +160,10 @@ struct DevicePlan::State {
 template <class Element>
 std::unique_ptr<DevicePlan> DevicePlan::make(const Plan& plan, const float* floats, int device) {
   const DeviceGuard guard(device);
-  const WalkLayout layout =
-      lay_out_walk<Element>(plan, floats, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return std::unique_ptr<DevicePlan>(
-      new DevicePlan(std::make_unique<State>(layout, kernel_of<Element>, device)));
+  require_tensor_cores(device);
+  const Kernel kernel = kernel_of<Element>;
+  const WalkLayout layout = lay_out_walk<Element>(plan, floats, shared_limit(kernel, device));
+  return std::unique_ptr<DevicePlan>(new DevicePlan(std::make_unique<State>(layout, kernel, device)));
 }
 
 template std::unique_ptr<DevicePlan> DevicePlan::make<Float16>(const Plan&, const float*, int);

@@ -13,8 +13,8 @@ namespace spnet::cuda {
 class DevicePlan {
  public:
   // Copies everything, and waits for it; not while a stream is captured.
-  // Throws std::invalid_argument as lay_out_walk, for the shared memory of this device, and
-  // std::runtime_error if a CUDA call fails.
+  // Throws std::invalid_argument as lay_out_walk, for the shared memory of this device, and for one older
+  // than sm_80; std::runtime_error if a CUDA call fails.
   template <class Element>
   static std::unique_ptr<DevicePlan> make(const Plan& plan, const float* floats, int device);
   ~DevicePlan();
