@@ -13,12 +13,10 @@
 #ifdef __CUDACC__
 #define SPNET_DEVICE __device__ __forceinline__
 #define SPNET_UNROLL _Pragma("unroll")
-#define SPNET_UNROLL_8 _Pragma("unroll 8")
 #define SPNET_NO_UNROLL _Pragma("unroll 1")
 #else
 #define SPNET_DEVICE inline
 #define SPNET_UNROLL
-#define SPNET_UNROLL_8
 #define SPNET_NO_UNROLL
 #endif
 
@@ -36,6 +34,8 @@ class Walk {
   using Word = typename Warp::Word;
   using Float = typename Warp::Float;
   using Bool = typename Warp::Bool;
+
+  static constexpr int kNeurons = kLanes / 2, kQuads = 8;
 
  public:
   SPNET_DEVICE Walk(Warp& warp, const Network& net, const Block* blocks, const void* weights,
@@ -75,10 +75,12 @@ class Walk {
       bool execute = stem || (forced && batch_.paths[decision] != 0);
       const Layer* layer = stem ? &block.second : &block.first;
       ring_ = block.ring;
-      // The weights are on their way while the router decides whether they are needed.
+      // The weights are on their way, behind the router's own, while it decides whether they are needed.
+      Neuron hidden;
+      if (routed) fetch_hidden(hidden, block, warp_.index() * kNeurons);
       if (execute || routed) start_stream(layer, stem ? 1 : 2, 0);
       if (stem) load(sample, block.second.sources[0].in);
-      if (routed) execute = decide(block);
+      if (routed) execute = decide(block, hidden);
       if (!stem && warp_.index() == 0) warp_.store_byte(batch_.decisions + decision, execute);
       if (!execute) {
         if (block.identity) continue;
@@ -94,11 +96,12 @@ class Walk {
       for (; layer <= &block.second; ++layer) run_layer(*layer, execute ? 0 : 1);
       pool(block.second);
     }
-    for (int first = warp_.index() * kLanes; first < net_.head.outputs; first += kThreads) {
-      const Int o = Int(first) + warp_.lane();
-      const Bool real = o < net_.head.outputs;
-      const Float logit = linear(net_.head, Warp::select(real, o, Int(0)));
-      warp_.store_global(batch_.logits + sample * net_.head.outputs, o, logit, real);
+    for (int first = warp_.index() * kNeurons; first < net_.head.outputs; first += kWarps * kNeurons) {
+      Neuron logit;
+      fetch(logit, net_.head, first);
+      const Float value = linear(net_.head, logit);
+      warp_.store_global(batch_.logits + sample * net_.head.outputs, logit.output, value,
+                         logit.real & (warp_.lane() % 2 == 0));
     }
   }
 
@@ -165,31 +168,67 @@ class Walk {
     }
   }
 
-  SPNET_DEVICE Float linear(const Linear& linear, Int output) {
-    Float sum = warp_.load_global(floats_ + linear.bias, output);
-    SPNET_UNROLL_8
-    for (int quad = 0; quad < linear.quads; ++quad) {
-      Float weight[4], value[4];
-      warp_.load_global(weight, floats_ + linear.weight, output + quad * linear.outputs);
-      warp_.load(value, Int(net_.scratch.pooled + quad * 16));
-      SPNET_UNROLL
-      for (int i = 0; i < 4; ++i) sum += weight[i] * value[i];
-    }
-    return sum;
+  // An output of a linear layer, in two lanes, each for every other quad of inputs.
+  struct Neuron {
+    Int output;
+    Bool real;
+    Float bias, weight2;
+    Float weight[kQuads][4];  // under way at once: what is waited for is L2
+  };
+
+  SPNET_DEVICE void fetch(Neuron& neuron, const Linear& linear, int first) {
+    const Int output = warp_.lane() / 2 + first;
+    neuron.real = output < linear.outputs;
+    neuron.output = Warp::select(neuron.real, output, Int(0));
+    fetch_quads(neuron, linear, 0);
+    neuron.bias = warp_.load_global(floats_ + linear.bias, neuron.output);
   }
 
-  SPNET_DEVICE bool decide(const Block& block) {
+  SPNET_DEVICE void fetch_hidden(Neuron& neuron, const Block& block, int first) {
+    fetch(neuron, block.router, first);
+    neuron.weight2 = warp_.load_global(floats_ + block.router_weight2, neuron.output);
+  }
+
+  SPNET_DEVICE void fetch_quads(Neuron& neuron, const Linear& linear, int first) {
+    SPNET_UNROLL
+    for (int i = 0; i < kQuads; ++i) {
+      const int quad = first + 2 * i;
+      for (Float& weight : neuron.weight[i]) weight = 0.f;  // or registers are kept for what was there before
+      if (quad >= linear.quads) continue;
+      warp_.load_global(neuron.weight[i], floats_ + linear.weight,
+                        neuron.output + (warp_.lane() % 2 + quad) * linear.outputs);
+    }
+  }
+
+  SPNET_DEVICE Float linear(const Linear& linear, Neuron& neuron) {
     Float sum = 0.f;
-    for (int first = warp_.index() * kLanes; first < block.router.outputs; first += kThreads) {
-      const Int o = Int(first) + warp_.lane();
-      const Bool real = o < block.router.outputs;
-      const Int output = Warp::select(real, o, Int(0));
-      const Float hidden = linear(block.router, output);
-      const Float term = warp_.load_global(floats_ + block.router_weight2, output) * relu(hidden);
-      sum += Warp::select(real, term, Float(0.f));
+    for (int first = 0;; fetch_quads(neuron, linear, first)) {
+      SPNET_UNROLL
+      for (int i = 0; i < kQuads; ++i) {
+        const int quad = first + 2 * i;
+        if (quad >= linear.quads) continue;
+        Float value[4];
+        warp_.load(value, warp_.lane() % 2 * 16 + (net_.scratch.pooled + quad * 16));
+        SPNET_UNROLL
+        for (int k = 0; k < 4; ++k) sum += neuron.weight[i][k] * value[k];
+      }
+      first += 2 * kQuads;
+      if (first >= linear.quads) break;
+    }
+    return neuron.bias + (sum + warp_.shuffle_xor(sum, 1));
+  }
+
+  // hidden: the warp's first.
+  SPNET_DEVICE bool decide(const Block& block, Neuron& hidden) {
+    Float sum = 0.f;
+    for (int first = warp_.index() * kNeurons; first < block.router.outputs;) {
+      const Float term = hidden.weight2 * relu(linear(block.router, hidden));
+      sum += Warp::select(hidden.real, term, Float(0.f));
+      first += kWarps * kNeurons;
+      if (first < block.router.outputs) fetch_hidden(hidden, block, first);
     }
     SPNET_UNROLL
-    for (int distance = 16; distance > 0; distance /= 2) sum += warp_.shuffle_xor(sum, distance);
+    for (int distance = 16; distance > 1; distance /= 2) sum += warp_.shuffle_xor(sum, distance);
     warp_.store_float(Int(net_.scratch.warp_sums + warp_.index() * 4), sum, warp_.lane() == 0);
     warp_.barrier();
     float margin = block.router_bias2;
