@@ -359,8 +359,7 @@ class Walk {
       const int fragments = group - first / strips;  // of the slice, before this unit's
       const Column column = this->template column<kRows>(layer, warp_.lane() % kTile + strip * kTile);
       Sums<kRows> sums;
-      SPNET_UNROLL
-      for (int i = 0; i < kRows * 8; ++i) sums.at[i / 8][i / 4 % 2][i % 4] = 0.f;
+      begin_sums(sums, floats_ + layer.bias[from], unit < units ? group : 0);
       for (int s = from; s < 2; ++s) {
         const Source& source = layer.sources[s];
         const int row_bytes = source.in.row_bytes(), pixel_bytes = source.in.pixel_bytes;
@@ -382,7 +381,20 @@ class Walk {
           }
         }
       }
-      if (unit < units) finish(layer, from, strip, group, sums);
+      if (unit < units) finish(layer, strip, group, sums);
+    }
+  }
+
+  // With the bias, which comes while the first weights are waited for.
+  template <int kRows>
+  SPNET_DEVICE void begin_sums(Sums<kRows>& sums, const float* bias, int group) {
+    SPNET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const Float value = warp_.load_global(bias, warp_.lane() % 4 * 2 + (group * kTile + i / 2 * 8 + i % 2));
+      SPNET_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        sums.at[row][i / 2][i % 2] = sums.at[row][i / 2][i % 2 + 2] = value;
+      }
     }
   }
 
@@ -425,9 +437,9 @@ class Walk {
     }
   }
 
-  // Bias, residual, ReLU, store, sums for pooling.
+  // Residual, ReLU, store, sums for pooling.
   template <int kRows>
-  SPNET_DEVICE void finish(const Layer& layer, int from, int strip, int group, Sums<kRows>& sums) {
+  SPNET_DEVICE void finish(const Layer& layer, int strip, int group, Sums<kRows>& sums) {
     const Int channel = warp_.lane() % 4 * 2 + group * kTile;  // and the next, and 8 behind them
     Output<kRows> out;
     SPNET_UNROLL
@@ -436,10 +448,6 @@ class Walk {
           this->template column<kRows>(layer, warp_.lane() / 4 + (strip * kTile + half * 8));
       out.places[half] = (column.y + 1) * layer.out.row_bytes() + (column.x + 1) * layer.out.pixel_bytes +
                          channel * 2 + layer.out.offset;
-    }
-    SPNET_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      out.bias[i / 2][i % 2] = warp_.load_global(floats_ + layer.bias[from], channel + (i / 2 * 8 + i % 2));
     }
     SPNET_UNROLL
     for (int n = 0; n < 2; ++n) {
@@ -471,7 +479,7 @@ class Walk {
   struct Output {
     Column columns[2];
     Int places[2];
-    Float bias[2][2], totals[2][2];
+    Float totals[2][2];
     // The channels that there are. What is computed for those beyond is no zero where pixels are not finite.
     Word real[2];
 
@@ -487,7 +495,7 @@ class Walk {
     for (int i = 0; i < kRows * 4; ++i) {
       const int row = i / 4, half = i / 2 % 2, n = i % 2;
       const Float* sum = &sums.at[row][n][2 * half];
-      const Word pair = Warp::pack_relu(sum[0] + out.bias[n][0], sum[1] + out.bias[n][1]) & out.real[n];
+      const Word pair = Warp::pack_relu(sum[0], sum[1]) & out.real[n];
       warp_.store(out.places[half] + (row * row_bytes + n * 16), pair, out.valid(half, row));
       if (!kPooled) continue;
       const Word counted = Warp::select(out.valid(half, row), pair, Word(0u));
