@@ -142,6 +142,7 @@ void bind_tiling(py::module_ m) {
     const cuda::Tile result = cuda::row_tile(tile, row_elems, tile_elems);
     return py::make_tuple(result.row, result.elems.begin, result.elems.end);
   });
+  m.def("divide", [](int dividend, int divisor) { return cuda::Divisor::of(divisor).divide(dividend); });
 }
 
 }  // namespace

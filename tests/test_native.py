@@ -446,6 +446,12 @@ def test_row_tiles_cover_the_rows(row_elems):
     assert set(seen) == {1}
 
 
+def test_divisions_by_multiplying():
+    """Of the columns of maps up to 64x64."""
+    for divisor in range(1, 65):
+        assert all(core.tiling.divide(n, divisor) == n // divisor for n in range(64 * 64))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(core.cuda_architectures is None, reason="built without CUDA kernels")
 @pytest.mark.parametrize("kind", ["all", "none", "half"])

@@ -161,7 +161,7 @@ class Walk {
       const Int c = Int(first) + warp_.lane();
       const Bool real = c < channels;
       Float sum = 0.f;
-      for (int strip = 0; strip < layer.strips; ++strip) {
+      for (int strip = 0; strip < layer.strips.value; ++strip) {
         sum += warp_.load_float(c * 4 + (net_.scratch.partial_sums + strip * channels * 4), real);
       }
       warp_.store_float(c * 4 + net_.scratch.pooled, sum * layer.pool_scale, real);
@@ -287,10 +287,10 @@ class Walk {
       const Source& now = layer->sources[source];
       const int units = layer->units();
       const int last = (unit + kWarps < units ? unit + kWarps : units) - 1;
-      const int group = unit / layer->strips;
+      const int group = layer->strips.divide(unit);
       chunks = now.chunks;
       begin = now.weight + group * now.taps;
-      fragments = (last / layer->strips - group + 1) * now.taps;
+      fragments = (layer->strips.divide(last) - group + 1) * now.taps;
       stride = layer->groups * now.taps;
     }
 
@@ -327,11 +327,11 @@ class Walk {
 
   template <int kRows>
   SPNET_DEVICE static Column column(const Layer& layer, Int number) {
-    const int width = layer.out.width, height = layer.out.height;
+    const int width = layer.width.value, height = layer.out.height;
     const int columns = (height + kRows - 1) / kRows * width;
     const Bool real = number < columns;
     number = Warp::select(real, number, Int(0));
-    const Int band = number / width, top = band * kRows;
+    const Int band = layer.width.divide(number), top = band * kRows;
     return {number - band * width, Warp::select(top + kRows <= height, top, Int(height - kRows)),
             Warp::select(real, top, Int(height))};
   }
@@ -352,11 +352,11 @@ class Walk {
 
   template <int kRows>
   SPNET_DEVICE void run_layer(const Layer& layer, int from) {
-    const int strips = layer.strips, units = layer.units();
+    const int units = layer.units();
     for (int first = 0; first < units; first += kWarps) {
       const int unit = first + warp_.index();
-      const int strip = unit % strips, group = unit / strips;
-      const int fragments = group - first / strips;  // of the slice, before this unit's
+      const int group = layer.strips.divide(unit), strip = unit - group * layer.strips.value;
+      const int fragments = group - layer.strips.divide(first);  // of the slice, before this unit's
       const Column column = this->template column<kRows>(layer, warp_.lane() % kTile + strip * kTile);
       Sums<kRows> sums;
       begin_sums(sums, floats_ + layer.bias[from], unit < units ? group : 0);

@@ -183,7 +183,7 @@ class Builder {
         if (source.chunks == 0) continue;
         for (int64_t unit = 0; unit < layer->units(); unit += kWarps) {
           const int64_t last = std::min<int64_t>(unit + kWarps, layer->units()) - 1;
-          const int64_t groups = last / layer->strips - unit / layer->strips + 1;
+          const int64_t groups = last / layer->strips.value - unit / layer->strips.value + 1;
           stage = std::max<int64_t>(stage, groups * source.taps * kFragmentBytes);
         }
       }
@@ -204,7 +204,8 @@ class Builder {
     layer.channels = conv.cout;
     layer.groups = ceil_div(conv.cout, kTile);
     layer.rows = unit_rows(out.height, out.width, layer.groups);
-    layer.strips = strips(out.height, out.width, layer.rows);
+    layer.strips = Divisor::of(strips(out.height, out.width, layer.rows));
+    layer.width = Divisor::of(out.width);
     return layer;
   }
 

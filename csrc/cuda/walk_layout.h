@@ -6,12 +6,7 @@
 #include <vector>
 
 #include "plan.h"
-
-#ifdef __CUDACC__
-#define SPNET_HOST_DEVICE __host__ __device__
-#else
-#define SPNET_HOST_DEVICE
-#endif
+#include "tiling.h"
 
 namespace spnet::cuda {
 
@@ -47,12 +42,13 @@ struct Layer {
   Source sources[2];  // the second one is a shortcut, computed whether or not the block is executed
   Map out;
   int64_t bias[2];  // positions: of all sources; of the second one alone
-  int32_t channels, groups, rows, strips;
+  int32_t channels, groups, rows;
+  Divisor strips, width;  // of the output
   Residual residual;
   int32_t pad_before, pad_channels;  // of the shortcut's map
   float pool_scale;                  // 1 / pixels where routers and head see the output, else 0
 
-  SPNET_HOST_DEVICE int units() const { return groups * strips; }
+  SPNET_HOST_DEVICE int units() const { return groups * strips.value; }
 };
 
 // W x + b with W as [inputs / 4][outputs][4].
