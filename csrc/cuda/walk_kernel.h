@@ -190,13 +190,13 @@ class Walk {
   }
 
   SPNET_DEVICE void fetch_quads(Neuron& neuron, const Linear& linear, int first) {
+    const float* const from = floats_ + linear.weight;
+    const int outputs = linear.outputs, quads = linear.quads;
+    Int place = neuron.output + (warp_.lane() % 2 + first) * outputs;
     SPNET_UNROLL
-    for (int i = 0; i < kQuads; ++i) {
-      const int quad = first + 2 * i;
+    for (int i = 0; i < kQuads; ++i, place += 2 * outputs) {
       for (Float& weight : neuron.weight[i]) weight = 0.f;  // or registers are kept for what was there before
-      if (quad >= linear.quads) continue;
-      warp_.load_global(neuron.weight[i], floats_ + linear.weight,
-                        neuron.output + (warp_.lane() % 2 + quad) * linear.outputs);
+      if (first + 2 * i < quads) warp_.load_global(neuron.weight[i], from, place);
     }
   }
 
