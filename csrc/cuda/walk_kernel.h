@@ -361,7 +361,7 @@ class Walk {
       Sums<kRows> sums;
       begin_sums(sums, floats_ + layer.bias[from], unit < units ? group : 0);
       for (int s = from; s < 2; ++s) {
-        const Source& source = layer.sources[s];
+        const Source source = layer.sources[s];  // in registers: behind a barrier it would be read again
         const int row_bytes = source.in.row_bytes(), pixel_bytes = source.in.pixel_bytes;
         Int pixels = column.y * (source.stride * row_bytes) + column.x * (source.stride * pixel_bytes) +
                      warp_.lane() / kTile * 16 + source.in.offset;
