@@ -130,11 +130,17 @@ class Walk {
       const Int y = pixel / map.width, x = pixel % map.width;
       const Long from = Long(begin) + Long(y) * batch_.stride_h + Long(x) * batch_.stride_w;
       const Int to = (y + 1) * map.row_bytes() + (x + 1) * map.pixel_bytes + map.offset;
-      for (int c = 0; c < channels; c += 2) {
-        const Word low = warp_.load_half(batch_.x, from + c * batch_.stride_c, real & (c < net_.in_channels));
-        const Word high =
-            warp_.load_half(batch_.x, from + (c + 1) * batch_.stride_c, real & (c + 1 < net_.in_channels));
-        warp_.store(to + 2 * c, low | high << 16, real);
+      for (int chunk = 0; chunk < channels; chunk += kTile) {
+        Word values[kTile];  // under way at once
+        SPNET_UNROLL
+        for (int i = 0; i < kTile; ++i) {
+          const int c = chunk + i;
+          values[i] = warp_.load_half(batch_.x, from + c * batch_.stride_c, real & (c < net_.in_channels));
+        }
+        SPNET_UNROLL
+        for (int i = 0; i < kTile; i += 2) {
+          warp_.store(to + 2 * (chunk + i), values[i] | values[i + 1] << 16, real);
+        }
       }
     }
   }
