@@ -20,6 +20,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit
+def _round_to_tf32(x):
+    # Tensor cores cut off the last 13 bits: all errors towards zero, which add up to ten times those of rounding.
+    rounded = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)  # the bits of a NaN could overflow
+
+
+@triton.jit
 def _conv_kernel(
     out_ptr,
     x_ptr,
@@ -84,7 +91,7 @@ def _conv_kernel(
         if GATHER or SCATTER:
             listed = tl.load(index_ptr + position)
         source = listed if GATHER else position
-        x_row = source.to(tl.int64) * stride_xb + h * stride_xh + w * stride_xw
+        x_row = source.to(tl.int64) * stride_xb + h.to(tl.int64) * stride_xh + w * stride_xw
 
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         weight_row = (column if EVEN_N else tl.where(column < COUT, column, 0)) * K
@@ -111,6 +118,9 @@ def _conv_kernel(
             else:
                 a = tl.load(a_ptrs, mask=k[None, :] < CIN - channel, other=0.0)
                 b = tl.load(b_ptrs, mask=k[:, None] < CIN - channel, other=0.0)
+            if PRECISION == "tf32":
+                a = _round_to_tf32(a)
+                b = _round_to_tf32(b)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
         column_ok = column < COUT
@@ -167,7 +177,7 @@ def conv_(
         relu: apply ReLU to the result. NaN stays NaN.
         skip_relu: bool [B] of any stride: samples that get no ReLU. For the shortcut of a routed block, to whose
             executing samples (its decisions) the body is added later. Without index and count.
-        tf32: multiply float32 by tensor cores, with 10 bits of mantissa. Not on the CPU.
+        tf32: multiply float32 by tensor cores, x and weight rounded to 10 bits of mantissa. Not on the CPU.
 
     Raises:
         TypeError, ValueError: an argument does not fit; out is unchanged.

@@ -139,6 +139,38 @@ def test_nan_stays_in_its_sample(device):
     assert not case.out[others].isnan().any()
 
 
+def test_tf32_is_rounded_to_the_nearest(device):
+    """The same bits as of operands that were rounded before, whatever the tensor cores cut off."""
+    case = Case((3, 1, 5, 5, 32, 32), "gather", torch.float32, 4, 5, device)
+    case.options["tf32"] = True
+    not_a_number = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # as GPUs write it
+    case.x[case.read[1], 2, 2, 3] = not_a_number.to(device)
+    case.run()
+    found = case.out[case.written].clone()
+    for operand in (case.x, case.weight):
+        rounded = ((operand.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+        assert not torch.equal(rounded, operand)
+        operand.copy_(torch.where(operand.isnan(), operand, rounded))
+    case.run()
+    assert torch.equal(found.isnan(), case.out[case.written].isnan())
+    assert torch.equal(found.nan_to_num(), case.out[case.written].nan_to_num())
+    assert found[1].isnan().any()
+    assert not found[[0, 2, 3]].isnan().any()
+
+
+def test_a_map_of_more_than_2_31_numbers(device):
+    """Of which only those that are read take memory on the CPU."""
+    x = torch.empty(2**31 + 16, dtype=torch.float16, device=device).as_strided((1, 3, 1, 16), (0, 2**30, 16, 1))
+    for row in (0, 2):
+        x[0, row] = torch.randn(1, 16, device=device)
+    out, bias = (torch.zeros(shape, device=device) for shape in ((1, 2, 1, 16), (16,)))
+    out, weight = out.half(), torch.eye(16, device=device).half().view(16, 1, 1, 16)
+    geometry = dict(KERNEL_H=1, KERNEL_W=1, STRIDE_H=2, STRIDE_W=1, PADDING=0)
+    modes = dict(GATHER=False, SCATTER=False, ADD=False, RELU=False)
+    conv.launch_product(out, x, weight, bias, None, None, None, geometry, modes, tf32=False, tile=TILE).run()
+    assert torch.equal(out, x[:, ::2])
+
+
 @pytest.mark.parametrize(
     "tile", [TILE._replace(block_m=16, block_n=64, block_k=32, group_m=8), TILE._replace(group_m=1)]
 )
