@@ -23,6 +23,9 @@ from spnet.routing import routed_blocks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU_DTYPES = [torch.float32] + [torch.bfloat16] * core.has_bfloat16()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE == "cuda" else CPU_DTYPES
+BATCHES = {"resnet110_cifar": (1, 16, 128), "resnet50": (1, 8, 32)}
+if DEVICE == "cuda":
+    BATCHES = {"resnet110_cifar": (1, 128, 1024), "resnet50": (1, 64, 256)}
 INPUTS = 2  # in rotation
 
 
@@ -30,11 +33,11 @@ def cells(config) -> list[tuple[str, torch.dtype, int, float]]:
     """(network, dtype, batch, executed fraction) of every cell of this run."""
     full = config.getoption("--full")
     found = []
-    for network, batches in {"resnet110_cifar": (1, 16, 128), "resnet50": (1, 8, 32)}.items():
+    for network, batches in BATCHES.items():
         for dtype in DTYPES:
             for batch in batches:
                 for executed in (0.0, 0.25, 0.5, 0.75, 1.0):
-                    quick = (batch, executed) == (8, 0.5)
+                    quick = (batch, executed) == (batches[1], 0.5)
                     if network == "resnet110_cifar":
                         quick = executed in (0.5, 1.0) or (executed == 0.0 and batch < 128)
                     if full or quick:
