@@ -100,9 +100,11 @@ class OnCuda:
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._side.wait_stream(current)
-            with torch.cuda.stream(self._side):
-                function()
-            current.wait_stream(self._side)
+            try:
+                with torch.cuda.stream(self._side):
+                    function()
+            finally:  # also where memory ran out: what was launched before still writes to the caller's tensors
+                current.wait_stream(self._side)
             graph = torch.cuda.CUDAGraph()
             pool = None if beside is None else beside.__self__.pool()
             # Other threads may go on using the GPU.
