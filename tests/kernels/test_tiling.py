@@ -51,7 +51,7 @@ def test_convolutions_of_resnet50():
 
 
 def test_the_tuner_takes_the_fastest_tile_of_each_shape():
-    asked = []
+    asked, prepared = [], []
 
     def time(launch):
         asked.append(launch)
@@ -60,7 +60,7 @@ def test_the_tuner_takes_the_fastest_tile_of_each_shape():
         return 100 - launch.arguments["BLOCK_M"] / 2 - launch.stages
 
     convolutions = workload.convolutions("resnet18")[:3]  # the stem and two of one shape
-    table = dict(tune.tune(convolutions, ["float16"], [8], "sm_90", META, (), list, time))
+    table = dict(tune.tune(convolutions, ["float16"], [8], "sm_90", META, (), prepared.extend, time))
     assert list(table) == ["float16-7-32-64-131072", "float16-3-64-64-32768"]
     for key, entry in table.items():
         tile = Tile(*entry["tile"])
@@ -70,6 +70,13 @@ def test_the_tuner_takes_the_fastest_tile_of_each_shape():
         default = tiling.rule("sm_90", conv.shape("float16", 8))
         assert entry["by_rule"] == 100 - default.block_m / 2 - default.stages
     assert len(asked) < 200
+
+    def kernel(launch):
+        shapes = {name: value for name, value in launch.arguments.items() if not isinstance(value, torch.Tensor)}
+        return *shapes.items(), launch.warps, launch.stages
+
+    assert len(prepared) == len(set(map(kernel, prepared))) < len(asked)
+    assert set(map(kernel, asked)) == set(map(kernel, prepared))
 
 
 def test_a_tuner_that_was_stopped_goes_on(tmp_path):
