@@ -11,6 +11,7 @@ from .poison import assert_guards, guarded, listed
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 TILE = Tile(block_m=32, block_n=32, block_k=16, group_m=2, warps=4, stages=2, programs_per_sm=1)
+LARGE_TILE = Tile(block_m=128, block_n=128, block_k=64, group_m=8, warps=8, stages=3, programs_per_sm=1)
 
 # k, stride, H, W, Cin, Cout: 7x7 maps share a tile, channels that are no multiple of a block, a map of one pixel
 GEOMETRIES = [
@@ -139,19 +140,20 @@ def test_nan_stays_in_its_sample(device):
     assert not case.out[others].isnan().any()
 
 
-def test_tf32_is_rounded_to_the_nearest(device):
+@pytest.mark.parametrize("tile", [TILE, TILE._replace(block_m=64, block_k=32, stages=3)])
+def test_tf32_is_rounded_to_the_nearest(tile, device):
     """The same bits as of operands that were rounded before, whatever the tensor cores cut off."""
     case = Case((3, 1, 5, 5, 32, 32), "gather", torch.float32, 4, 5, device)
     case.options["tf32"] = True
     not_a_number = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # as GPUs write it
     case.x[case.read[1], 2, 2, 3] = not_a_number.to(device)
-    case.run()
+    case.run(tile)
     found = case.out[case.written].clone()
     for operand in (case.x, case.weight):
         rounded = ((operand.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
         assert not torch.equal(rounded, operand)
         operand.copy_(torch.where(operand.isnan(), operand, rounded))
-    case.run()
+    case.run(tile)
     assert torch.equal(found.isnan(), case.out[case.written].isnan())
     assert torch.equal(found.nan_to_num(), case.out[case.written].nan_to_num())
     assert found[1].isnan().any()
@@ -171,11 +173,18 @@ def test_a_map_of_more_than_2_31_numbers(device):
     assert torch.equal(out, x[:, ::2])
 
 
+@pytest.mark.parametrize("mode", ["gather", "scatter_add"])
 @pytest.mark.parametrize(
-    "tile", [TILE._replace(block_m=16, block_n=64, block_k=32, group_m=8), TILE._replace(group_m=1)]
+    ("tile", "channels"),
+    [
+        (TILE._replace(block_m=16, block_n=64, block_k=32, group_m=8), (16, 80)),
+        (TILE._replace(group_m=1), (16, 80)),
+        (LARGE_TILE, (64, 256)),
+        (LARGE_TILE, (40, 72)),
+    ],
 )
-def test_other_tiles(tile, device):
-    case = Case((3, 1, 7, 7, 16, 80), "gather", torch.float16, 5, 6, device)
+def test_other_tiles(tile, channels, mode, device):
+    case = Case((3, 1, 7, 7, *channels), mode, torch.float16, 5, 6, device)
     case.run(tile)
     case.check()
 
