@@ -40,7 +40,7 @@ from spnet.training import Evaluation, TrainConfig, Trainer, evaluate
 from spnet.training.data import Loader, load_dataset
 from spnet.training.report import read_log
 
-STATIC = "static"
+STATIC, DENSE = "static", "dense"
 # L_path and L_logits are what the momentum-updated auxiliary module is for, so they come and go together.
 OBJECTIVES = {
     "L_act only": {"weight_path": 0.0, "weight_logits": 0.0, "weight_evolution": 0.0},
@@ -208,7 +208,10 @@ def train(study: Study, deadline: float = math.inf) -> None:
 
 
 def measure(study: Study, runs: list[Run]) -> dict[Run, dict]:
-    """These networks on all test images, and their milliseconds per image in batches of 100."""
+    """These networks on all test images, and their milliseconds per image in batches of 100.
+
+    A network that executes everything takes turns with them: what the clock of another session is compared by.
+    """
     test = _loader("test", 10000, BATCH, device=study.device)
     x = next(iter(_loader("test", TIMED, TIMED, device=study.device)))[0]
     batches, calls, found = x.split(100), {}, {}
@@ -220,17 +223,20 @@ def measure(study: Study, runs: list[Run]) -> dict[Run, dict]:
     for run in runs:
         weights = study.folder(*run) / "last"
         model = load_model(weights).to(study.device, memory_format=torch.channels_last)
-        timed, threshold = model, 0.0
+        # By the same kernels as the others: behind routers that execute everything.
+        dense = create_model(**{**model.config, "routed": True}).eval()
+        dense.to(study.device, memory_format=torch.channels_last)
+        calls.setdefault(DENSE, functools.partial(forward, dense, -math.inf))
         if run[1] == STATIC:
-            # By the same kernels as the others: behind routers that execute everything.
-            timed, threshold = create_model(**{**model.config, "routed": True}).eval(), -math.inf
-            load_static_weights(timed, weights)
-            timed.to(study.device, memory_format=torch.channels_last)
-        calls[run] = functools.partial(forward, timed, threshold)
+            load_static_weights(dense, weights)
+            calls[run] = functools.partial(forward, dense, -math.inf)
+        else:
+            calls[run] = functools.partial(forward, model, 0.0)
         tested = evaluate(model, test, device=study.device)
         found[run] = {"accuracy": tested.accuracy, "macs": tested.macs, "dense_macs": tested.dense_macs}
-    for run, times in take_turns(calls, TURNS * len(calls)).items():
-        found[run]["ms_per_image"] = min(times) * 1e3 / TIMED
+    times = {name: min(t) * 1e3 / TIMED for name, t in take_turns(calls, TURNS * len(calls)).items()}
+    for run, values in found.items():
+        values |= {"ms_per_image": times[run], "dense_ms_per_image": times[DENSE]}
     return found
 
 
@@ -282,6 +288,7 @@ def summarise(results: dict) -> dict[tuple[str, float | None], dict[str, list[fl
             "accuracy": 100 * run["accuracy"],
             "macs": 100 * run["macs"] / run["dense_macs"],
             "ms": run["ms_per_image"],
+            "time": 100 * run["ms_per_image"] / run["dense_ms_per_image"] if "dense_ms_per_image" in run else None,
             "churn": 100 * statistics.mean(churn) if churn else None,
             "last churn": 100 * churn[-1] if churn else None,
             "alignment": run["epochs"]["alignment"][-1],
@@ -311,14 +318,31 @@ def markdown(results: dict) -> str:
         f"decisions, of the first {EVERY_EPOCH} test images, that flip between consecutive epochs: the mean over all "
         "epochs and that of the last one. Alignment is the mean cosine of successive feature differences, of "
         f"{ALIGNED} test images after the last epoch. The time is that of fast_forward in batches of 100, which runs "
-        "the static network behind routers that execute everything. "
+        "the static network behind routers that execute everything; in % of such a network's, timed in turns with it. "
         '"+ path" adds the auxiliary module with L_path and L_logits, "+ evolution" adds L_evo, SP-Net both.',
         "",
     ]
-    head = ["objective", "target rate", "accuracy, %", "MACs, %", "ms per image", "churn, %", "last churn, %"]
+    head = [
+        "objective",
+        "target rate",
+        "accuracy, %",
+        "MACs, %",
+        "ms per image",
+        "time, %",
+        "churn, %",
+        "last churn, %",
+    ]
     rows = []
     for (objective, rate), values in summarise(results).items():
-        columns = [("accuracy", 2), ("macs", 1), ("ms", 4), ("churn", 2), ("last churn", 2), ("alignment", 3)]
+        columns = [
+            ("accuracy", 2),
+            ("macs", 1),
+            ("ms", 4),
+            ("time", 1),
+            ("churn", 2),
+            ("last churn", 2),
+            ("alignment", 3),
+        ]
         shown = [_spread(values.get(name), digits) for name, digits in columns]
         rows.append([objective, "" if rate is None else f"{rate:g}", *shown])
     lines += table([*head, "alignment"], rows)

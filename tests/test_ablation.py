@@ -67,14 +67,16 @@ def test_every_network_is_measured(ablation, monkeypatch, tmp_path):
     monkeypatch.setattr(ablation, "_loader", lambda *args, **kwargs: data)
     calls = {}
     monkeypatch.setattr(
-        ablation, "take_turns", lambda timed, seconds: calls.update(timed) or dict.fromkeys(timed, [2.0])
+        ablation,
+        "take_turns",
+        lambda timed, seconds: calls.update(timed) or {**dict.fromkeys(timed, [2.0]), "dense": [4.0]},
     )
     forwards = []
     forward = spnet.fast_forward
     monkeypatch.setattr(spnet, "fast_forward", lambda *args, **kw: forwards.append(forward(*args, **kw)))
     found = ablation.measure(study, study.runs())
     assert found.keys() == set(study.runs())
-    assert all(values["ms_per_image"] == 2.0 for values in found.values())
+    assert all(values["ms_per_image"] == 2.0 and values["dense_ms_per_image"] == 4.0 for values in found.values())
     del forwards[:]
     static = study.runs()[0]
     calls[static]()
@@ -95,6 +97,7 @@ def test_table(ablation, study, tmp_path):
                 "macs": 50.0,
                 "dense_macs": 100,
                 "ms_per_image": 0.25,
+                "dense_ms_per_image": 0.5 + 0.5 * seed,
                 "epochs": {
                     "accuracy": [0.5, 0.9],
                     "churn": [None, churn],
@@ -106,10 +109,10 @@ def test_table(ablation, study, tmp_path):
     results = {"machine": machine, "date": "2026-01-02", "study": dataclasses.asdict(study), "runs": runs}
     ablation.write(results, tmp_path)
     text = (tmp_path / "README.md").read_text()
-    # Mean and standard deviation of 90 and 92 %; of 10 and 20 %; of 0.3 and 0.5.
-    row = "0.5 | 91.00 ± 1.41 | 50.0 ± 0.0 | 0.2500 ± 0.0000 | 15.00 ± 7.07 | 15.00 ± 7.07 | 0.400 ± 0.141 |"
-    assert f"| SP-Net | {row}" in text
-    assert "| static |  | 91.00 ± 1.41 | 50.0 ± 0.0 | 0.2500 ± 0.0000 |  |  | 0.400 ± 0.141 |" in text
+    # Mean and standard deviation of 90 and 92 %; of 50 and 25 %; of 10 and 20 %; of 0.3 and 0.5.
+    row = "91.00 ± 1.41 | 50.0 ± 0.0 | 0.2500 ± 0.0000 | 37.5 ± 17.7 |"
+    assert f"| SP-Net | 0.5 | {row} 15.00 ± 7.07 | 15.00 ± 7.07 | 0.400 ± 0.141 |" in text
+    assert f"| static |  | {row}  |  | 0.400 ± 0.141 |" in text
     assert "4 epochs of the first 256 training images" in text
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
