@@ -64,7 +64,7 @@ def rule(architecture: str, shape: Shape) -> Tile:
     halves = shape.dtype in ("float16", "bfloat16")
     exact = shape.dtype == "float32"
     block_m = 64 if exact else 128
-    block_n = min(64 if exact else 128, max(16, power_of_two(shape.cout)))
+    block_n = min(128 if halves else 64, max(16, power_of_two(shape.cout)))  # float32 passes through registers
     wide = halves and architecture in ("sm_90", "sm_100")  # elsewhere operands pass through registers
     block_k = min(64 if wide else 32, max(16, power_of_two(shape.cin)))
     multiprocessors = _MULTIPROCESSORS.get(architecture, 108)
