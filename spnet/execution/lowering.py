@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from spnet.analysis.macs import count_macs
 from spnet.execution.device import check_device
 from spnet.execution.plan import LoweringError, Plan
-from spnet.execution.table import IDENTITY, PAD, PROJECTION, Block, Convolution, Network
+from spnet.execution.table import IDENTITY, PAD, PROJECTION, Block, Convolution, Network, read_table
 from spnet.models.resnet import PadShortcut, SPNet
 from spnet.routing import RoutedBlock, Router, Run, _BatchNorm1d, active, own_weight, routed_blocks, uncompiled
 
@@ -287,9 +287,10 @@ def assemble(model: nn.Module, shape: tuple[int, int, int], steps: list[Step]) -
     head = steps[-1].of
     network = Network(*shape, len(head["weight"]), pool, first, tuple(rows))
     flat = torch.cat([w.detach().float().flatten() for w in (*weights, head["weight"], head["bias"])])
-    macs = count_macs(model, shape)
+    table = network.table()
     try:
-        return Plan(network.table(), flat, macs, steps[0].of["weight"].dtype, head["weight"].device)
+        read_table(table)  # what does not fit is named before the count of MACs runs into it
+        return Plan(table, flat, count_macs(model, shape), steps[0].of["weight"].dtype, head["weight"].device)
     except ValueError as e:
         raise LoweringError(str(e).removeprefix("plan: ")) from e
 

@@ -576,7 +576,7 @@ def test_settings_that_do_not_fit(tmp_path):
         make_trainer(run, stage_weights=(0.01, 0.1, 0.2, 1.0))
     with pytest.raises(ValueError, match="pairing: expected 'final' or 'equal', got 'last'"):
         make_trainer(run, pairing="last")
-    with pytest.raises(ValueError, match="evolution_form: expected 'within' or 'across', got 'between'"):
+    with pytest.raises(ValueError, match="evolution: expected 'within' or 'across', got 'between'"):
         make_trainer(run, evolution="between")
     with pytest.raises(ValueError, match="unknown model 'resnet20'; did you mean resnet20_cifar"):
         make_trainer(run, model="resnet20")
