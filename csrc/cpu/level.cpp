@@ -54,6 +54,7 @@ std::vector<Level> levels() {
   // Every processor with AVX2 has F16C, which not all compilers let one ask for.
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return result;
   result.push_back(Level::avx2);
+#ifdef SPNET_AVX512_KERNELS
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     result.push_back(Level::avx512);
@@ -62,6 +63,7 @@ std::vector<Level> levels() {
     if (amx && __builtin_cpu_supports("avx512bf16")) result.push_back(Level::amx);
 #endif
   }
+#endif
   return result;
 #else
   return {Level::generic};

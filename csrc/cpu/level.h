@@ -8,9 +8,12 @@
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__)
+#if defined(SPNET_AVX512_KERNELS)
 #define SPNET_FOR_EACH_BUILD(X) X(v2) X(avx2) X(avx512)
 #define SPNET_FOR_EACH_LEVEL(X) SPNET_FOR_EACH_BUILD(X) X(amx)
+#elif defined(__x86_64__)
+#define SPNET_FOR_EACH_BUILD(X) X(v2) X(avx2)
+#define SPNET_FOR_EACH_LEVEL(X) SPNET_FOR_EACH_BUILD(X)
 #else
 #define SPNET_FOR_EACH_BUILD(X) X(generic)
 #define SPNET_FOR_EACH_LEVEL(X) SPNET_FOR_EACH_BUILD(X)
@@ -18,7 +21,7 @@
 
 namespace spnet::cpu {
 
-#if defined(__x86_64__)
+#if defined(SPNET_AVX512_KERNELS)
 // Matrix registers multiply bfloat16 alone: whatever is float32 is that of the level below.
 namespace avx512 {}
 namespace amx = avx512;

@@ -173,14 +173,13 @@ def test_a_map_of_more_than_2_31_numbers(device):
     assert torch.equal(out, x[:, ::2])
 
 
-@pytest.mark.parametrize("mode", ["gather", "scatter_add"])
 @pytest.mark.parametrize(
-    ("tile", "channels"),
+    ("tile", "channels", "mode"),
     [
-        (TILE._replace(block_m=16, block_n=64, block_k=32, group_m=8), (16, 80)),
-        (TILE._replace(group_m=1), (16, 80)),
-        (LARGE_TILE, (64, 256)),
-        (LARGE_TILE, (40, 72)),
+        (TILE._replace(block_m=16, block_n=64, block_k=32, group_m=8), (16, 80), "gather"),
+        (TILE._replace(group_m=1), (16, 80), "scatter_add"),
+        (LARGE_TILE, (64, 256), "gather"),
+        (LARGE_TILE, (40, 72), "scatter_add"),
     ],
 )
 def test_other_tiles(tile, channels, mode, device):

@@ -12,9 +12,8 @@ from .conftest import INTERPRETED, RUN_KERNELS
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the other files run in this process")
-@pytest.mark.parametrize("file", RUN_KERNELS)
-def test_kernels(file):
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", str(Path(__file__).with_name(file)), "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_kernels():
+    files = [Path(__file__).with_name(file) for file in RUN_KERNELS]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
