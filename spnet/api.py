@@ -16,7 +16,7 @@ from spnet.execution.lowering import shape_of
 from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan
-from spnet.execution.routed import RoutedRun
+from spnet.execution.routed import RoutedRun, keeps_nothing
 from spnet.routing import RoutedBlock, RoutedSequential, Router, active, own_weight, uncompiled
 
 IMPLEMENTATIONS = ("masked", "routed", "batch", "walk")
@@ -227,6 +227,8 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             return "copied: a forward hook on the model may keep intermediate tensors" + router
         if id(block) not in scan.in_line:
             return "copied: not a child of a RoutedSequential, so others may hold its input" + router
+        if router and not keeps_nothing(block.router):
+            return "copied: its router may keep its input" + router
         return "untouched" + router
 
     named = zip(scan.blocks.items(), choices, strict=True)

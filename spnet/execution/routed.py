@@ -1,13 +1,15 @@
 """``routed``: eager PyTorch that gathers the samples routed to a body, runs it on them, and writes them back.
 
 Skipped samples of identity blocks are neither read nor written where the state belongs to the run
-(inside a RoutedSequential), and their pooled vectors are reused by the next router.
+(inside a RoutedSequential), and their pooled vectors are reused by the next router. What a module of another library
+takes or returns belongs to the run only in a copy: the module may have kept it.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from spnet.execution import ops
@@ -57,7 +59,7 @@ class RoutedRun(MaskedRun):
                 state = self._step(module, state)
             else:
                 y = module(state.x)
-                state = _State(y, not _shares_memory(y, state.x), _idempotent(_last(module)))
+                state = _State(y, keeps_nothing(module) and not _shares_memory(y, state.x), _idempotent(_last(module)))
         return state
 
     def _step(self, block: RoutedBlock, state: _State) -> _State:
@@ -66,27 +68,40 @@ class RoutedRun(MaskedRun):
             pooled = None  # another router looks at x itself, and a hook on a router expects its call
         elif pooled is None and self._forced is None:
             pooled = Router.pool(x)
-        index = ops.compact(self.decisions(block, x, pooled))
+        decisions = self.decisions(block, x, pooled)
+        index = ops.compact(decisions)
         activation = _idempotent(block.activation)
+        made = activation is not None or keeps_nothing(block.activation)  # for this run alone
         if len(index) == len(x):
-            return _State(block.activation(block.shortcut(x) + block.body(x)), True, activation)
+            return _State(block.activation(block.shortcut(x) + block.body(x)), made, activation)
 
         identity = computes(block.shortcut, nn.Identity)
         # A skipped sample of a settled block is unchanged: its activation has been applied before.
         settled = identity and activation is not None and activation in (nn.Identity, state.activation)
-        if settled and len(index) == 0:
+        owned = state.owned and (type(block.router) is Router or keeps_nothing(block.router))
+        overwrites = _begins_in_place(block.body, state.activation)
+        if settled and owned and len(index) == 0 and not overwrites:
             return state._replace(pooled=pooled)
         y = block.shortcut(x)
-        if _shares_memory(y, x) and not (identity and state.owned):
+        if len(index) and not overwrites:
+            rows = ops.gather_rows(x, index)
+            version = _version(rows)
+            body = block.body(rows)
+            overwrites = _version(rows) != version and not torch.equal(rows, ops.gather_rows(x, index))
+        if overwrites:  # what others hold too, and the shortcut of every sample if it shares x's memory
+            body = block.body(x)
+            executes = decisions.view(-1, *[1] * (body.dim() - 1))
+            return _State(block.activation(torch.where(executes, y + body, y)), made, activation)
+        if not owned if identity else _shares_memory(y, x) or not keeps_nothing(block.shortcut):
             y = y.clone()
         if len(index):
-            body = block.body(ops.gather_rows(x, index)).to(y.dtype)
+            body = body.to(y.dtype)
             if settled and activation not in (nn.ReLU, nn.Identity):
                 y.index_copy_(0, index, block.activation(ops.gather_rows(y, index) + body))
             else:
                 ops.scatter_add_rows_(y, index, body, settled and activation is nn.ReLU)
         if not settled:
-            return _State(block.activation(y), True, activation)
+            return _State(block.activation(y), made, activation)
         if pooled is not None:
             pooled = pooled.index_copy(0, index, Router.pool(ops.gather_rows(y, index)))
         return _State(y, True, activation, pooled)
@@ -100,6 +115,27 @@ def _last(module: nn.Module) -> nn.Module:
     while computes(module, nn.Sequential) and len(module):
         module = module[-1]
     return module
+
+
+def keeps_nothing(module: nn.Module) -> bool:
+    """Whether nobody else holds what a module takes and returns: a forward that a user wrote may have kept either."""
+    return not any(
+        "forward" in vars(m) or not type(m).__module__.startswith(("torch.nn.", "spnet.")) for m in module.modules()
+    )
+
+
+def _begins_in_place(body: nn.Module, activation: type | None) -> bool:
+    """Whether a body may overwrite its input, and with other numbers than its activation has left there."""
+    for module in body.modules():
+        if module._parameters:
+            return False
+        if getattr(module, "inplace", False):
+            return type(module) is not activation
+    return False
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
 
 
 def _shares_memory(a: object, b: object) -> bool:

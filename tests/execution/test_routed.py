@@ -206,6 +206,107 @@ def test_a_forward_of_a_users_own(place):
         _check(_line(place), torch.randn(16, 4))
 
 
+class _Keeping(nn.Module):
+    """Keeps what it takes or returns, as a feature tap of a user's own does."""
+
+    def __init__(self, inner: nn.Module, kept: str):
+        super().__init__()
+        self.inner, self._which = inner, kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        self.kept = x if self._which == "input" else y
+        return y
+
+
+class _Reading(nn.Module):
+    """Reads what its modules have kept, after the line has run and its result has been overwritten."""
+
+    def __init__(self, *line: nn.Module):
+        super().__init__()
+        self.line = spnet.RoutedSequential(*line)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.line(x)
+        y += 1
+        return y + x + sum(m.kept for m in self.line.modules() if isinstance(m, _Keeping) and m.kept.shape == y.shape)
+
+
+class _Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value[: len(x)]
+
+
+class _Rectified(nn.Linear):
+    """Overwrites its input where no attribute tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.relu_())
+
+
+def _held(place: str) -> nn.Module:
+    body, router, shortcut, activation = nn.Linear(4, 4), spnet.Router(4, 8), None, nn.ReLU()
+    first: list[nn.Module] = [nn.Linear(4, 4), nn.ReLU()]
+    if place == "module":
+        first.append(_Keeping(nn.ReLU(), "output"))
+    elif place == "router":
+        router = _Keeping(nn.Linear(4, 2), "input")
+    elif place == "shortcut":
+        shortcut = _Keeping(nn.Linear(4, 4), "output")
+    elif place == "constant":
+        shortcut = _Constant()
+    elif place == "activation":
+        activation = _Keeping(nn.Tanh(), "output")
+    elif place == "input":
+        first, activation = [], None
+    elif place == "body":
+        body, activation = nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(4, 4)), None
+        first.pop()
+    elif place == "settled body":
+        body = nn.Sequential(nn.SiLU(inplace=True), nn.Linear(4, 4))
+    elif place == "projected body":
+        first, shortcut = [], nn.Linear(4, 4)
+        body = nn.Sequential(nn.Hardtanh(inplace=True), nn.Linear(4, 4))
+    block = spnet.RoutedBlock(body, router, shortcut, activation)
+    return settle(_Reading(*first, block, spnet.RoutedBlock(nn.Linear(4, 4), spnet.Router(4, 8))))
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+@pytest.mark.parametrize(
+    "place",
+    "module router shortcut constant activation input body".split() + ["settled body", "projected body"],
+)
+def test_what_others_hold_is_as_masked_leaves_it(place, inference_mode):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = _held(place)
+        before = copy.deepcopy(model.state_dict())
+        with torch.inference_mode(inference_mode):
+            xs = [torch.randn(7, 4)]
+            xs.append(xs[0].clone())
+            expected, paths = spnet.fast_forward(model, xs[0], impl="masked", return_paths=True)
+            got = spnet.fast_forward(model, xs[1], impl="routed")
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            assert torch.equal(*xs)
+            paths = torch.zeros_like(paths.decisions)
+            expected, got = (spnet.fast_forward(model, xs[0], impl=impl, paths=paths) for impl in ("masked", "routed"))
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_body_that_overwrites_its_input_where_no_attribute_tells():
+    line = [spnet.RoutedBlock(_Rectified(4, 4), spnet.Router(4, 8)) for _ in range(2)]
+    model = settle(spnet.RoutedSequential(nn.Linear(4, 4), *line))
+    paths = torch.tensor([[False, True], [True, False], [True, True], [False, False]])
+    x = torch.randn(4, 4)
+    expected, got = (spnet.fast_forward(model, x, impl=impl, paths=paths) for impl in ("masked", "routed"))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_all_skipped_and_all_executed_are_exact(network):
     x = torch.randn(6, 1, 32, 32)
     for paths in (torch.zeros(6, 9, dtype=torch.bool), torch.ones(6, 9, dtype=torch.bool)):
