@@ -374,8 +374,12 @@ def _fold(name: str, conv: Step, bn: Step | None = None) -> tuple[Convolution, l
     return shape, list(folded)
 
 
-def _statistics(mean: Tensor | None, var: Tensor, weight: Tensor | None, bias: Tensor, eps: float) -> tuple:
-    if mean is None or weight is None:
-        raise LoweringError("a BatchNorm has no running statistics or no weights")
+def _statistics(
+    mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple:
+    if mean is None or var is None:
+        raise LoweringError("a BatchNorm has no running statistics")
+    weight = torch.ones_like(mean) if weight is None else weight
+    bias = torch.zeros_like(mean) if bias is None else bias
     # In float32 also for a half model: its rounding belongs at the end.
     return mean.float(), var.float(), eps, weight.float(), bias.float()

@@ -166,6 +166,7 @@ def _share_block(model):
         (lambda m: setattr(m.features.stage1[1].router, "fc1", _DoubledLinear(6, 128).eval()), "the router of block 1"),
         (lambda m: setattr(m.features.stage1[1].router, "fc2", nn.Linear(128, 3).eval()), "the router of block 1"),
         (lambda m: setattr(m.features.stage1[1].router.fc2, "bias", None), "the router of block 1 has no bias"),
+        (lambda m: setattr(m.features.stage1[1].router.bn, "running_var", None), "BatchNorm has no running statistics"),
         (_replace_forward, "the forward of a Conv2d has been replaced"),
         (_append_module, "what follows is not blocks, the average over all pixels and"),
         (lambda m: setattr(m.features, "stem", nn.Conv2d(2, 6, 3, padding=1).eval()), "the stem is not a convolution"),
@@ -208,6 +209,21 @@ def test_synchronised_batchnorm_is_lowered():
     expected = spnet.lower(model)(x)
     synchronise_batchnorm(model)
     assert torch.equal(spnet.lower(model)(x), expected)
+
+
+@pytest.mark.parametrize("missing", [("weight", "bias"), ("bias",)])
+def test_batchnorm_without_weights_is_lowered(missing):
+    model = settle(_small(), spread=0.3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            for name in missing:
+                setattr(module, name, None)
+    x = torch.randn(4, 2, 12, 12)
+    expected, paths = spnet.fast_forward(model, x, impl="masked", return_paths=True)
+    for impl in ("walk", "batch"):
+        logits, taken = spnet.fast_forward(model, x, impl=impl, return_paths=True)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+        assert torch.equal(taken.decisions, paths.decisions)
 
 
 def test_networks_that_do_not_fit():
