@@ -34,7 +34,7 @@ class _Scan(NamedTuple):
 def _scan(model: nn.Module) -> _Scan:
     blocks, in_line, hooked = {}, set(), False
     for name, module in model.named_modules():
-        if module.training:
+        if getattr(module, "training", False):  # what TorchScript has frozen has no mode
             raise ValueError(
                 f"model: expected evaluation mode, but {repr(name) if name else 'it'} is in training mode; "
                 "call model.eval()"
@@ -42,6 +42,8 @@ def _scan(model: nn.Module) -> _Scan:
         compiled = module._compiled_call_impl is not None and module is not model or "_orig_mod" in module._modules
         if compiled and any(isinstance(m, RoutedBlock) for m in module.modules()):
             raise ValueError(f"model: {name!r} is compiled, which hides its RoutedBlocks; compile bodies instead")
+        if isinstance(module, torch.jit.ScriptModule) and module.original_name == RoutedBlock.__name__:
+            raise ValueError(f"model: {name!r} is of TorchScript, which hides that it is a RoutedBlock; script bodies")
         if isinstance(module, RoutedBlock):
             blocks[name] = module
         elif isinstance(module, RoutedSequential):

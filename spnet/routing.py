@@ -255,7 +255,7 @@ def uncompiled(function: Callable) -> Callable:
 
 def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the module computes what ``kind`` does: no subclass or instance has a forward of its own."""
-    return type(module).forward is kind.forward and "forward" not in vars(module)
+    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
 
 
 def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:

@@ -299,6 +299,40 @@ def test_compiled_bodies(network):
     torch.testing.assert_close(spnet.fast_forward(network, x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("place", ["features.stem", "features.stage1.1.body", "features.stage1.1.router", "heads.2"])
+@pytest.mark.parametrize("how", ["script", "trace", "freeze"])
+def test_parts_of_torchscript(network, place, how):
+    part, maps = network.get_submodule(place), torch.randn(2, 1 if "stem" in place else 16, 32, 32)
+    if how == "trace" or "router" in place:
+        scripted = torch.jit.trace(part, torch.randn(2, 64) if "heads" in place else maps)
+    else:
+        scripted = torch.jit.script(part)
+    x = torch.randn(3, 1, 32, 32)
+    expected, masked = spnet.fast_forward(network, x, impl="masked", return_paths=True)
+    network.set_submodule(place, torch.jit.freeze(scripted) if how == "freeze" else scripted)
+    logits, paths = spnet.fast_forward(network, x, return_paths=True)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(paths.decisions, masked.decisions)
+    assert torch.equal(paths.macs, masked.macs)
+    reason = f"'{place}' is of TorchScript, which hides what it computes"
+    assert spnet.explain(network, x).reason.endswith(reason)
+    with pytest.raises(ValueError, match=f"impl: 'walk' does not fit this model: {reason}"):
+        spnet.fast_forward(network, x, impl="walk")
+    with pytest.raises(spnet.LoweringError, match=reason):
+        spnet.lower(network)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_blocks_of_torchscript_are_refused(network):
+    whole = torch.jit.trace(network, torch.zeros(1, 1, 32, 32))
+    network.features.stage1 = torch.jit.trace(network.features.stage1, torch.zeros(1, 16, 32, 32))
+    for model in (network, whole):
+        for call in (spnet.fast_forward, spnet.explain):
+            with pytest.raises(ValueError, match="model: 'features.stage1.0' is of TorchScript, which hides that"):
+                call(model, torch.zeros(1, 1, 32, 32))
+
+
 @pytest.mark.parametrize("impl", ["batch", "walk"])
 def test_plans_compute_in_the_models_dtype_under_autocast(network, impl):
     x = torch.randn(3, 1, 32, 32)

@@ -81,7 +81,7 @@ def count_macs(model: nn.Module, shape: Iterable[int]) -> Macs:
     """
     model = getattr(model, "_orig_mod", model)
     modules = list(model.modules())
-    if any(m.training for m in modules):
+    if any(getattr(m, "training", False) for m in modules):  # what TorchScript has frozen has no mode
         raise ValueError(f"model: expected evaluation mode, but {type(model).__name__} is in training mode")
     # Weak references: the id of a module that was replaced may come back as the id of another.
     parameters = chain.from_iterable(m._parameters.values() for m in modules)

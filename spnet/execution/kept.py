@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from spnet.execution.lowering import ForwardError, assemble, first_weight, read, shape_of, tensors_of
+from spnet.execution.lowering import ForwardError, assemble, first_weight, read, refuse_scripts, shape_of, tensors_of
 from spnet.execution.plan import LoweringError, Plan
 from spnet.native import core
 from spnet.routing import routed_blocks
@@ -236,6 +236,7 @@ def _lowered(model: nn.Module, shape: tuple[int, ...]) -> Plan:
     for_image, attributes, message = _refused.get(model, (None, None, ""))
     if for_image == image and attributes.unchanged(model):
         raise LoweringError(message)
+    refuse_scripts(model)  # whose attributes are none of Python's
     # Watched before it is read: a change in between is found by the next comparison.
     attributes = _Attributes(model)
     try:

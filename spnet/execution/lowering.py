@@ -74,6 +74,13 @@ def first_weight(model: nn.Module) -> Tensor:
     return weight
 
 
+def refuse_scripts(model: nn.Module) -> None:
+    """Raise a LoweringError where a part is of TorchScript, which hides what it computes and what it consists of."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise LoweringError(f"{name or 'the network'!r} is of TorchScript, which hides what it computes")
+
+
 class ForwardError(LoweringError):
     """A network whose forward fails on this image, perhaps not the next time: for a lack of memory, say."""
 
@@ -220,6 +227,7 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
     blocks = list(routed_blocks(model).values())
     if not blocks:
         raise LoweringError(f"{type(model).__name__} contains no RoutedBlock")
+    refuse_scripts(model)
     eager = nullcontext()
     for module in model.modules():
         if module._compiled_call_impl is not None:  # by .compile()
