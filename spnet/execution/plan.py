@@ -7,14 +7,15 @@ holds no code.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from spnet.analysis.macs import BlockMacs, Macs
@@ -204,6 +205,13 @@ class Plan:
         Raises:
             OSError: a full disk, say; what was there before stays.
         """
+        write_whole(Path(path), self._bytes())
+
+    def __reduce__(self):
+        """Copies, and pickles such as other processes are sent, hold what a file does."""
+        return _read, (self._bytes(), str(self.device), "pickle")
+
+    def _bytes(self) -> bytes:
         blocks = self.macs.blocks
         with torch.device("cpu"):  # whatever the default is
             unknown = torch.full((self.num_blocks,), torch.nan, dtype=torch.float32)
@@ -218,7 +226,7 @@ class Plan:
         dtype = str(self.dtype).removeprefix("torch.")
         names = "\n".join(block.name for block in blocks)
         metadata = {"spnet-plan": str(FORMAT_VERSION), "dtype": dtype, "blocks": names}
-        write_whole(Path(path), save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
+        return save(tensors, metadata | {"sha256": _digest(tensors, metadata)})
 
 
 def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], device: torch.device) -> None:
@@ -253,22 +261,25 @@ def load_plan(path: str | Path, device: torch.device | str = "cpu") -> Plan:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: no plan at {path}")
+    return _read(path.read_bytes(), device, f"path: {path}")
+
+
+def _read(data: bytes, device: torch.device | str, source: str) -> Plan:
+    """The plan of a file's bytes."""
     try:
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            if metadata.get("spnet-plan") != str(FORMAT_VERSION):
-                found = metadata.get("spnet-plan", "none")
-                raise ValueError(f"path: {path} has plan version {found}, expected {FORMAT_VERSION}")
-            # Copied: what is mapped from the file changes, or is gone, with the file.
-            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
-    except SafetensorError as e:
-        raise ValueError(f"path: {path} is no complete plan ({e})") from e
+        tensors = load(data)
+    except (SafetensorError, KeyError) as e:  # a KeyError of a type that safetensors knows, but not for PyTorch
+        raise ValueError(f"{source} is no complete plan ({e})") from e
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    if metadata.get("spnet-plan") != str(FORMAT_VERSION):
+        found = metadata.get("spnet-plan", "none")
+        raise ValueError(f"{source} has plan version {found}, expected {FORMAT_VERSION}")
     names, dtype = metadata.get("blocks", "").split("\n"), metadata.get("dtype")
     fits = {name: (t.dtype, t.dim()) for name, t in tensors.items()} == _TENSORS and dtype in _DTYPES
     if not fits or tensors["costs"].shape != (len(names), 4) or tensors["total"].shape != (2,):
-        raise ValueError(f"path: {path} is no plan: its tensors have other names, types or shapes")
+        raise ValueError(f"{source} is no plan: its tensors have other names, types or shapes")
     if metadata.pop("sha256", None) != _digest(tensors, metadata):
-        raise ValueError(f"path: {path} is damaged: its checksum is another one")
+        raise ValueError(f"{source} is damaged: its checksum is another one")
     blocks = tuple(BlockMacs(name, *row) for name, row in zip(names, tensors["costs"].tolist(), strict=True))
     macs = Macs(*tensors["total"].tolist(), blocks)
     plan = Plan(tensors["table"], tensors["weights"], macs, _DTYPES[dtype], device)

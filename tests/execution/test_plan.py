@@ -1,6 +1,8 @@
 """Plans: what fits, what is said of what does not, and files that are whole or refused."""
 
 import copy
+import multiprocessing
+import pickle
 
 import pytest
 import torch
@@ -293,6 +295,37 @@ def test_saved_and_loaded(tmp_path, dtype, options):
         assert torch.equal(a, b)
         assert torch.equal(paths_a.macs, paths_b.macs)
         assert paths_a.blocks == paths_b.blocks
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies(copied, dtype):
+    plan, x = spnet.lower(_small().to(dtype)), torch.randn(3, 2, 12, 12).to(dtype)
+    plan.choose(torch.tensor([1, 0.5, 0.5, 1]), [True, False, False, True])
+    plan.execution("batch")
+    other = copied(plan)
+    assert (repr(other), other.choices, other.rates.tolist()) == (repr(plan), plan.choices, plan.rates.tolist())
+    plan.choose(torch.zeros(4), [False] * 4)
+    for impl in ("walk", "batch"):
+        assert torch.equal(other(x, impl=impl), plan(x, impl=impl))
+    assert other.choices == ("dense", "routed", "routed", "dense")
+    assert other.execution("batch").dense == (True, False, False, True)
+
+
+def test_sent_to_another_process():
+    plan, x = spnet.lower(_small()), torch.randn(3, 2, 12, 12)
+    expected, paths = plan(x, return_paths=True)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        logits, taken = pool.apply(plan, (x,), {"return_paths": True})
+    assert torch.equal(logits, expected)
+    assert torch.equal(taken.decisions, paths.decisions)
+
+
+def test_a_pickle_of_another_version_is_refused(monkeypatch):
+    pickled = pickle.dumps(spnet.lower(_small()))
+    monkeypatch.setattr("spnet.execution.plan.FORMAT_VERSION", 3)
+    with pytest.raises(ValueError, match="pickle has plan version 2, expected 3"):
+        pickle.loads(pickled)
 
 
 @pytest.mark.parametrize("options", [{}, {"bottleneck": True, "imagenet": True}])
