@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spnet.analysis.macs import count_macs
 from spnet.execution.kept import plan_of, run_plan
-from spnet.execution.lowering import shape_of
+from spnet.execution.lowering import is_watched, shape_of
 from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan
@@ -32,7 +32,7 @@ class _Scan(NamedTuple):
 
 
 def _scan(model: nn.Module) -> _Scan:
-    blocks, in_line, hooked = {}, set(), False
+    blocks, in_line, hooked = {}, set(), is_watched()
     for name, module in model.named_modules():
         if getattr(module, "training", False):  # what TorchScript has frozen has no mode
             raise ValueError(

@@ -15,7 +15,16 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from spnet.execution.lowering import ForwardError, assemble, first_weight, read, refuse_scripts, shape_of, tensors_of
+from spnet.execution.lowering import (
+    ForwardError,
+    assemble,
+    first_weight,
+    is_watched,
+    read,
+    refuse_hidden,
+    shape_of,
+    tensors_of,
+)
 from spnet.execution.plan import LoweringError, Plan
 from spnet.native import core
 from spnet.routing import routed_blocks
@@ -102,7 +111,8 @@ class _Watch:
             chosen = decisions.any(0).numpy().tobytes() + b"\1"
         threads = torch.get_num_threads()
         return (
-            [t._version for t in self._elsewhere] == self._versions
+            not is_watched()
+            and [t._version for t in self._elsewhere] == self._versions
             and not any(moved() for moved, needed in zip(self._moved, chosen, strict=False) if needed)
             and self._attributes.unchanged(model, self._layouts, chosen)
             # Last: the bytes are safe to read only where the tensors still lie there.
@@ -236,7 +246,7 @@ def _lowered(model: nn.Module, shape: tuple[int, ...]) -> Plan:
     for_image, attributes, message = _refused.get(model, (None, None, ""))
     if for_image == image and attributes.unchanged(model):
         raise LoweringError(message)
-    refuse_scripts(model)  # whose attributes are none of Python's
+    refuse_hidden(model)
     # Watched before it is read: a change in between is found by the next comparison.
     attributes = _Attributes(model)
     try:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as every
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.overrides import TorchFunctionMode
 
@@ -74,8 +75,15 @@ def first_weight(model: nn.Module) -> Tensor:
     return weight
 
 
-def refuse_scripts(model: nn.Module) -> None:
-    """Raise a LoweringError where a part is of TorchScript, which hides what it computes and what it consists of."""
+def is_watched() -> bool:
+    """Whether a hook on all modules of the process expects them to be called."""
+    return bool(every._global_forward_hooks or every._global_forward_pre_hooks)
+
+
+def refuse_hidden(model: nn.Module) -> None:
+    """Raise a LoweringError for what no attribute of the modules shows, of which TorchScript's have none."""
+    if is_watched():
+        raise LoweringError("a forward hook on all modules expects them to be called")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise LoweringError(f"{name or 'the network'!r} is of TorchScript, which hides what it computes")
@@ -227,7 +235,7 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
     blocks = list(routed_blocks(model).values())
     if not blocks:
         raise LoweringError(f"{type(model).__name__} contains no RoutedBlock")
-    refuse_scripts(model)
+    refuse_hidden(model)
     eager = nullcontext()
     for module in model.modules():
         if module._compiled_call_impl is not None:  # by .compile()

@@ -149,6 +149,31 @@ def test_a_hook_turns_to_another_execution(network):
         spnet.fast_forward(network, x, impl="walk")
 
 
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_a_hook_on_all_modules_turns_to_another_execution(network, register):
+    x = torch.randn(3, 1, 32, 32)
+    spnet.fast_forward(network, x)
+    seen, kept_tensors = [], []
+
+    def keep(module, args, y=None):
+        seen.append(module)
+        kept_tensors.extend((t, t.clone()) for t in args if isinstance(module, spnet.RoutedBlock))
+
+    handle = getattr(nn.modules.module, register)(keep)
+    try:
+        spnet.fast_forward(network, x)
+        with pytest.raises(ValueError, match="impl: 'walk' does not fit this model: a forward hook on all modules"):
+            spnet.fast_forward(network, x, impl="walk")
+        with pytest.raises(spnet.LoweringError, match="a forward hook on all modules"):
+            spnet.lower(network)
+    finally:
+        handle.remove()
+    assert network.features.stem in seen
+    assert len(kept_tensors) == 9
+    assert all(torch.equal(held, was) for held, was in kept_tensors)
+    assert spnet.explain(network, x).impl == "walk"
+
+
 def test_an_unchanged_model_is_lowered_once(network, monkeypatch):
     calls = []
     monkeypatch.setattr(kept, "assemble", lambda *args: calls.append(1) or assemble(*args))
