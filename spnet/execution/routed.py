@@ -95,7 +95,9 @@ class RoutedRun(MaskedRun):
         if not owned if identity else _shares_memory(y, x) or not keeps_nothing(block.shortcut):
             y = y.clone()
         if len(index):
-            body = body.to(y.dtype)
+            # As the sum of masked: a body may be one number per channel, or, under autocast, of another dtype.
+            dtype = torch.promote_types(y.dtype, body.dtype)
+            y, body = y.to(dtype), body.to(dtype).expand(-1, *y.shape[1:])
             if settled and activation not in (nn.ReLU, nn.Identity):
                 y.index_copy_(0, index, block.activation(ops.gather_rows(y, index) + body))
             else:

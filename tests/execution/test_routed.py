@@ -307,6 +307,32 @@ def test_a_body_that_overwrites_its_input_where_no_attribute_tells():
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+class _Widened(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float() / 3
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Hardtanh, nn.Identity])
+def test_a_body_of_another_dtype(activation):
+    torch.manual_seed(0)
+    line = [spnet.RoutedBlock(_Widened(4, 4), spnet.Router(4, 8), None, activation()) for _ in range(2)]
+    model = settle(spnet.RoutedSequential(nn.Linear(4, 4), activation(), *line))
+    paths = torch.tensor([[False, True], [True, False], [True, True], [False, False]])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, got = (spnet.fast_forward(model, torch.ones(4, 4), impl=i, paths=paths) for i in ("masked", "routed"))
+    assert got.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_body_of_one_number_per_channel():
+    body = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1))
+    line = [spnet.RoutedBlock(copy.deepcopy(body), spnet.Router(4, 8), None, nn.ReLU()) for _ in range(3)]
+    model = settle(spnet.RoutedSequential(nn.Conv2d(3, 4, 1), nn.ReLU(), *line))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        _check(model, torch.randn(8, 3, 5, 5) + 2 * torch.randn(8, 3, 1, 1))
+
+
 def test_all_skipped_and_all_executed_are_exact(network):
     x = torch.randn(6, 1, 32, 32)
     for paths in (torch.zeros(6, 9, dtype=torch.bool), torch.ones(6, 9, dtype=torch.bool)):
