@@ -236,10 +236,8 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
     if not blocks:
         raise LoweringError(f"{type(model).__name__} contains no RoutedBlock")
     refuse_hidden(model)
-    eager = nullcontext()
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())  # by .compile()
     for module in model.modules():
-        if module._compiled_call_impl is not None:  # by .compile()
-            eager = torch.compiler.set_stance("force_eager")
         if module.training:
             raise LoweringError("the network is in training mode; call model.eval()")
         if module._forward_hooks or module._forward_pre_hooks:
@@ -250,6 +248,7 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
     x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
     notes = _Notes(model, x)
     try:
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()  # is set here, not by `with`
         with eager, torch.autocast(x.device.type, enabled=False), active(notes), notes:
             y = model(x)
     except (LoweringError, MemoryError, torch.OutOfMemoryError):

@@ -151,6 +151,17 @@ def test_a_network_that_was_compiled_in_place(model):
     agrees(model, x)
 
 
+def test_compilation_goes_on_after_a_network_of_compiled_parts(model):
+    for part in (model.layer1, model.layer2):
+        part.compile(backend="eager")
+    spnet.lower(model, (3, 32, 32))
+    with pytest.raises(spnet.LoweringError, match="training mode"):
+        spnet.lower(model.train(), (3, 32, 32))
+    graphs = []
+    torch.compile(lambda x: x + 1, backend=lambda graph, inputs: graphs.append(graph) or graph)(torch.zeros(1))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(model, dtype):
     x, paths = torch.randn(4, 3, 32, 32), torch.rand(4, 4) < 0.5
