@@ -27,6 +27,7 @@ _SUMS = {
     ("call_method", "add"),
     ("call_method", "add_"),
 }
+_IN_PLACE_SUMS = {operator.iadd, "add_"}
 _RELUS = {("call_function", F.relu), ("call_function", torch.relu), ("call_method", "relu")}
 _IN_PLACE = [getattr(operator, f"i{name}") for name in "add sub mul truediv floordiv mod pow and or xor".split()]
 _CONVOLUTIONS = nn.modules.conv._ConvNd
@@ -195,6 +196,8 @@ def _route(name: str, block: nn.Module, router_width: int, router_dropout: float
     shortcut, body = total.args if body_is_second else reversed(total.args)
     if _overwrites(block, graph, cut, total) or _overwrites(block, graph, x, total):
         raise refuse("overwrites its input, which the shortcut still needs")
+    if total.args[0] is x and total.target in _IN_PLACE_SUMS:
+        raise refuse("overwrites its input by the sum, where others may hold it")
     if block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks:
         raise refuse("has a hook, which would be lost")
     block.training = not block.training

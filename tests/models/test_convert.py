@@ -414,6 +414,12 @@ def _overwriting_by_operator(self, x):
     return self.conv1(y) + x
 
 
+def _overwriting_by_the_sum(self, x):
+    identity = x
+    identity += self.bn1(self.conv1(x))
+    return self.relu(identity)
+
+
 def _by_mode(self, x):
     return F.dropout(self.conv1(x), 0.5, self.training) + x
 
@@ -453,6 +459,8 @@ def _pre_hook(model, block):
         (_overwriting, None, "overwrites its input"),
         (_overwriting_later, None, "overwrites its input"),
         (_overwriting_by_operator, None, "overwrites its input"),
+        (_overwriting_by_the_sum, None, "overwrites its input by the sum"),
+        (lambda self, x: x.add_(self.conv1(x)), None, "overwrites its input by the sum"),
         (_by_mode, None, "computes another thing in training mode than in evaluation mode"),
         (_two_bodies, None, "two branches of equally many convolutions"),
         (_entangled, None, "share more than one tensor"),
