@@ -145,6 +145,8 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(module: nn.Module) -> fx.Graph:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise _Other("is of TorchScript")
     if len(inspect.signature(module.forward).parameters) != 1:
         raise _Other("takes more than one input")
     try:

@@ -389,6 +389,18 @@ def test_where_chooses(x):
     assert model(x).shape == (7, 5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_parts_of_torchscript_are_left_as_they_are(x):
+    model = settle(Network(Basic))
+    expected = model(x)
+    model.layer1[0] = torch.jit.trace(model.layer1[0], torch.zeros(1, 8, 9, 9))
+    whole = torch.jit.trace(model, x)
+    assert "layer1.0" not in routed_blocks(spnet.convert(model))
+    torch.testing.assert_close(spnet.fast_forward(model, x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no residual block to route; looked at 'the model' .* is of TorchScript"):
+        spnet.convert(whole)
+
+
 def _altered(forward=None, prepare=None) -> nn.Module:
     """A network whose block layer1.1 has another forward, or has been prepared by a function."""
     model = Network(Basic)
