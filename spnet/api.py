@@ -17,7 +17,7 @@ from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan
 from spnet.execution.routed import RoutedRun, keeps_nothing
-from spnet.routing import RoutedBlock, RoutedSequential, Router, active, own_weight, uncompiled
+from spnet.routing import RoutedBlock, RoutedSequential, Router, active, own_weight, uncompiled, unwrapped
 
 IMPLEMENTATIONS = ("masked", "routed", "batch", "walk")
 
@@ -101,12 +101,6 @@ def _check_paths(paths: Tensor, batch: int, blocks: int, device: torch.device) -
         raise ValueError(f"paths: expected device {device} (the input's), got {paths.device}")
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    return getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides the blocks from the executions
-
-
 def _check_impl(impl: str) -> None:
     known = ("auto", *IMPLEMENTATIONS)
     if impl not in known:
@@ -153,7 +147,7 @@ def fast_forward(
     _check_impl(impl)
     if math.isnan(threshold):
         raise ValueError("threshold: expected a number, got NaN")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     found = _by_plan(model, x, impl, paths, threshold)
     if found is not None:
         plan, logits, decisions = found
@@ -199,7 +193,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
 
     Args and errors as in :func:`fast_forward`.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     scan = _scan(model)
     _check_input(model, scan.weight, x)
     choices: tuple[str, ...] = ("routed",) * len(scan.blocks)

@@ -258,6 +258,17 @@ def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside the wrapper of torch.compile, which hides the blocks from the executions.
+
+    Raises:
+        TypeError: no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return getattr(model, "_orig_mod", model)
+
+
 def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:
     """The RoutedBlocks of a model by name, in the order of registration: the columns of every ``paths``."""
     return {name: m for name, m in model.named_modules() if isinstance(m, RoutedBlock)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spnet.execution.device import on
 from spnet.execution.kept import plan_of
 from spnet.execution.plan import Plan
-from spnet.routing import uncompiled
+from spnet.routing import uncompiled, unwrapped
 
 ROUNDS = 7  # in each of which both have their turn
 
@@ -36,10 +36,10 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> Plan:
         LoweringError: the model does not fit.
         ValueError: no sample in the batches, or an input that does not fit the model.
     """
-    plan, samples = None, 0
+    model, plan, samples = unwrapped(model), None, 0
     for x in batches:
         if plan is None:
-            plan = plan_of(getattr(model, "_orig_mod", model), x)
+            plan = plan_of(model, x)
             executed = torch.zeros(plan.num_blocks, device="cpu")
             seconds = torch.zeros(2, plan.num_blocks, device="cpu")  # routed, dense
         _, paths = plan(x, return_paths=True)

@@ -23,7 +23,17 @@ from spnet.execution.device import check_device
 from spnet.execution.plan import LoweringError, Plan
 from spnet.execution.table import IDENTITY, PAD, PROJECTION, Block, Convolution, Network, read_table
 from spnet.models.resnet import PadShortcut, SPNet
-from spnet.routing import RoutedBlock, Router, Run, _BatchNorm1d, active, own_weight, routed_blocks, uncompiled
+from spnet.routing import (
+    RoutedBlock,
+    Router,
+    Run,
+    _BatchNorm1d,
+    active,
+    own_weight,
+    routed_blocks,
+    uncompiled,
+    unwrapped,
+)
 
 
 @uncompiled
@@ -46,11 +56,14 @@ def lower(model: nn.Module, input_shape: tuple[int, int, int] | None = None) -> 
 
     Raises:
         LoweringError: a network that does not fit; the message says why.
+        TypeError: model is no module.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    model = unwrapped(model)
     shape = shape_of(model) if input_shape is None else input_shape
     if shape is None:
         raise LoweringError(f"{type(model).__name__} does not say its input_shape (C, H, W)")
+    if len(shape) != 3 or min(shape) < 1:
+        raise LoweringError(f"input_shape: expected (C, H, W), got {shape}")
     return assemble(model, shape, read(model, shape))
 
 

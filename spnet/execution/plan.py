@@ -232,6 +232,8 @@ class Plan:
 def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], device: torch.device) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+    if t.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense Tensor, got one of {t.layout}")
     fits = t.dim() == len(shape) and all(e in (None, s) for e, s in zip(shape, t.shape, strict=True))
     if not fits or t.dtype != dtype or t.device != device:
         expected = ", ".join("B" if s is None else str(s) for s in shape)

@@ -82,6 +82,20 @@ def test_what_is_no_tensor(network):
         plan(x, paths=[[True] * 9])
     with pytest.raises(TypeError, match="x: expected a Tensor, got tuple"):
         spnet.calibrate(network, [(x, torch.zeros(1))])
+    with pytest.raises(ValueError, match="x: expected a dense Tensor, got one of torch.sparse_coo"):
+        plan(x.to_sparse())
+
+
+def test_what_is_no_module():
+    for call in (spnet.lower, lambda model: spnet.calibrate(model, [])):
+        with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
+            call("net.plan")
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (2, -1, 12), (2, 0, 12)])
+def test_what_is_no_shape(shape):
+    with pytest.raises(spnet.LoweringError, match=r"input_shape: expected \(C, H, W\), got "):
+        spnet.lower(_small(), shape)
 
 
 def test_where_no_plan_can_be(network, tmp_path, monkeypatch):
