@@ -41,6 +41,8 @@ class _Attributes:
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
         self._class = ref(type(model))
+        # What a class computes may be replaced too, or edited in place as notebooks do that load their modules anew.
+        self._forwards = [(ref(kind), _code(kind)) for kind in set(map(type, modules))]
         # In lists, of which each thread takes the next.
         self._facts = core.Facts([list(_facts(modules[i : i + 64], model)) for i in range(0, len(modules), 64)])
         others = [(m, name, v) for m in modules for name, v in vars(m).items() if not _is_fixed(m, name, v)]
@@ -53,6 +55,8 @@ class _Attributes:
         """Also of the layouts of the chosen parts."""
         threads = torch.get_num_threads()
         if self._class() is not type(model) or self._lists != self._copies:
+            return False
+        if any(_code(kind()) is not code for kind, code in self._forwards):
             return False
         return core.same_objects(layouts, chosen, self._facts, vars(model), threads)
 
@@ -126,6 +130,11 @@ def _readers(module: nn.Module, blocks: dict[int, int], part: int) -> Iterator[t
     for name, child in module._modules.items():
         if child is not None:
             yield from _readers(child, blocks, blocks[id(module)] if name == "body" and id(module) in blocks else part)
+
+
+def _code(kind: type[nn.Module] | None) -> object:
+    """What a class's forward runs; not the function, which may hold the model."""
+    return getattr(getattr(kind, "forward", None), "__code__", None)
 
 
 def _facts(modules: list[nn.Module], model: nn.Module) -> Iterator:

@@ -138,6 +138,27 @@ def test_the_plan_follows_the_dtype(network):
         assert spnet.fast_forward(network.to(dtype), x.to(dtype), impl="walk").dtype == dtype
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_plan_follows_the_forward_of_a_class(network, in_place):
+    class Head(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight, self.bias)
+
+    def doubled(self, x):
+        return F.linear(2 * x, self.weight, self.bias)
+
+    network.heads[-1] = Head(64, 10).eval()
+    x = torch.randn(3, 1, 32, 32)
+    assert spnet.explain(network, x).impl == "walk"
+    spnet.fast_forward(network, x)
+    if in_place:
+        Head.forward.__code__ = doubled.__code__
+    else:
+        Head.forward = doubled
+    expected = spnet.fast_forward(network, x, impl="masked")
+    torch.testing.assert_close(spnet.fast_forward(network, x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_hook_turns_to_another_execution(network):
     x = torch.randn(3, 1, 32, 32)
     spnet.fast_forward(network, x)
