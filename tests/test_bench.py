@@ -23,8 +23,11 @@ def bench_forward(monkeypatch):
     return bench_forward
 
 
-@pytest.mark.parametrize("kind", ["masked", "dense", "skips"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("masked", torch.float32), ("dense", torch.float32), ("skips", torch.float32), ("masked", torch.bfloat16)],
+    ids=str,
+)
 def test_a_wrong_rival_fails_its_cell(bench_forward, monkeypatch, kind, dtype):
     from competitors import Competitor
 
