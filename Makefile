@@ -69,9 +69,10 @@ format: $(SETUP)
 bench: $(SETUP)
 	$(BIN)/python -m pytest bench/ --benchmark-only
 
+# Not compiled by pip: Python compiles what it imports, all of torch would take half a minute.
 $(SETUP): pyproject.toml constraints.txt setup.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 .venv-oldest/.set-up: PACKAGES := --editable '.[test]'
@@ -80,7 +81,7 @@ $(SETUP): pyproject.toml constraints.txt setup.py $(NATIVE)
 .venv-%/.set-up: pyproject.toml constraints.txt constraints-%.txt setup.py $(NATIVE)
 	$(PYTHON) -m venv $(@D)
 	awk -F== 'NR == FNR { own[$$1] } NR == FNR || !($$1 in own)' constraints-$*.txt constraints.txt > $(@D)/constraints.txt
-	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint $(@D)/constraints.txt $(PACKAGES)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-compile --constraint $(@D)/constraints.txt $(PACKAGES)
 	touch $@
 
 clean:

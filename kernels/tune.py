@@ -28,11 +28,13 @@ def candidates(shape: Shape) -> list[Tile]:
     """Tiles worth a try; those that do not fit the GPU are left out by the measurement."""
     halves, exact = shape.dtype in ("float16", "bfloat16"), shape.dtype == "float32"
     cin, cout = (max(16, tiling.power_of_two(n)) for n in (shape.cin, shape.cout))
+    # Narrow tiles read the map more often, which is worth it only where wide ones leave multiprocessors without one.
+    narrowest = min(64, cout) if shape.rows * cout >= 128 * 128 * 64 else 16
     found = []
     for m, n in product((32, 64) if exact else (64, 128, 256), (16, 32, 64) if exact else (16, 32, 64, 128, 256)):
         warps = 8 if m * n >= 128 * 128 else 4
-        if n <= cout and m * n <= 128 * 256:
-            for k, stages in product((64, 128) if halves else (16, 32), (3, 4)):
+        if narrowest <= n <= cout and m * n <= 128 * 256:
+            for k, stages in ((64, 3), (64, 4), (128, 3)) if halves else product((16, 32), (3, 4)):
                 found += [Tile(m, n, min(k, cin), 8, warps, stages, programs) for programs in (1, 2)]
     return list(dict.fromkeys(found))
 

@@ -223,7 +223,7 @@ def networks(draw):
     return Network(draw(st.integers(1, 20)), size, stem, blocks, draw(st.integers(1, 300)), draw(st.integers(0, 9)))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(network=networks(), dtype=st.sampled_from(list(DTYPES)), seed=st.integers(0, 9))
 def test_any_network(network, dtype, seed):
     check_any_network(network, dtype, seed, "emulated")
