@@ -148,7 +148,7 @@ def summary(runs: dict[str, dict]) -> str:
         rows.append([f"{network}, {dtype}, batch {batch}", *(_against_dense(c) if c else "" for c in cells)])
     lines += ["", "Half of the block executions: ms of `fast_forward`, of the best dense rival, and their ratio.", ""]
     lines += table(["network, dtype, batch", *half], rows)
-    return "\n".join(lines + _thresholds_table(machines))
+    return "\n".join(lines + _thresholds_table({f"{name}, us per image": r for name, r in machines.items()}))
 
 
 def _against_dense(cell: dict) -> str:
@@ -403,5 +403,5 @@ def update_readme(text: str, results_folder: str | Path, link: str) -> str:
     section = summary({f"{link}/{file.stem}.md": load(file) for file in newest.values()})
     for name in ("speed-up", "accuracy"):
         if (files[0].parent / files[0].stem / f"{name}.png").exists():
-            section += f"![{name}]({link}/{files[0].stem}/{name}.png)\n"
+            section += f"\n![{name}]({link}/{files[0].stem}/{name}.png)\n"
     return text[: text.index(BEGIN) + len(BEGIN)] + "\n" + section + text[text.index(END) :]
