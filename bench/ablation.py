@@ -210,7 +210,7 @@ def train(study: Study, deadline: float = math.inf) -> None:
 def measure(study: Study, runs: list[Run]) -> dict[Run, dict]:
     """These networks on all test images, and their milliseconds per image in batches of 100.
 
-    A network that executes everything takes turns with them: what the clock of another session is compared by.
+    A network that executes everything takes turns with them: what the clock of another call is compared by.
     """
     test = _loader("test", 10000, BATCH, device=study.device)
     x = next(iter(_loader("test", TIMED, TIMED, device=study.device)))[0]
@@ -265,7 +265,7 @@ def finish(study: Study) -> None:
 
 
 def collect(study: Study) -> dict:
-    """Everything measured, as one JSON value; what differs between the machines of several sessions stands together."""
+    """Everything measured, as one JSON value; what differs between the machines of several calls stands together."""
     found = [json.loads(study.result(*run).read_text()) for run in study.runs()]
     machines, dates = ([run.pop(name) for run in found] for name in ("machine", "date"))
     machine = {}

@@ -187,7 +187,7 @@ def test_study_goes_on_elsewhere_from_what_is_finished(small, tmp_path):
     assert sum(file.stat().st_size for file in (b / "finished").iterdir()) < 2**21
 
 
-def test_machines_of_several_sessions_stand_together(small, ablation, monkeypatch, tmp_path):
+def test_machines_of_several_calls_stand_together(small, ablation, monkeypatch, tmp_path):
     machines = iter(({"cpu_level": "a", "threads": 2}, {"cpu_level": "b", "threads": 2}))
     monkeypatch.setattr(spnet, "build_info", lambda: next(machines))
     small(tmp_path, "--minutes", "2.5")
