@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from spnet.routing import RoutedBlock, Run, active, own_weight, routed_blocks
+from spnet.routing import RoutedBlock, Run, active, own_weight, routed_blocks, unwrapped
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,10 @@ def count_macs(model: nn.Module, shape: Iterable[int]) -> Macs:
         shape: of one sample, such as (3, 32, 32).
 
     Raises:
+        TypeError: model is no module.
         ValueError: a model in training mode (the sample of zeros would enter its running statistics).
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     modules = list(model.modules())
     if any(getattr(m, "training", False) for m in modules):  # what TorchScript has frozen has no mode
         raise ValueError(f"model: expected evaluation mode, but {type(model).__name__} is in training mode")

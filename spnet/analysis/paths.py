@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spnet.analysis.macs import align, count_macs
 from spnet.api import fast_forward
+from spnet.routing import unwrapped
 
 Batch = Tensor | tuple[Tensor, Tensor | None]
 
@@ -205,7 +206,6 @@ def paths(
             model that does not return logits; everything that :func:`spnet.fast_forward` raises for model and x.
         TypeError: a batch that is no tensor, or labels that are no integers.
     """
-    unwrapped = getattr(model, "_orig_mod", model)
     decisions, macs, predictions, losses, labels = [], [], [], [], []
     blocks: tuple[str, ...] = ()
     cost = None  # of one sample: the same Macs for every batch
@@ -217,7 +217,7 @@ def paths(
             raise ValueError(f"model: expected logits [B, classes] as its output, got {got}")
         if len(x) == 0:
             continue
-        counted = count_macs(unwrapped, x.shape[1:])
+        counted = count_macs(model, x.shape[1:])
         if cost is not None and counted != cost:
             raise ValueError(f"data: expected samples of one shape, got also {list(x.shape[1:])}")
         cost, blocks, classes = counted, taken.blocks, logits.shape[1]
@@ -243,7 +243,7 @@ def paths(
         torch.cat(predictions),
         torch.cat(losses),
         None if labels[0] is None else torch.cat(labels),
-        _class_names(unwrapped, data, classes),
+        _class_names(unwrapped(model), data, classes),
     )
 
 
