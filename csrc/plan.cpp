@@ -6,11 +6,11 @@
 namespace spnet {
 namespace {
 
-constexpr int64_t kFormatVersion = 2;
-constexpr int64_t kHeaderInts = 9, kConvInts = 6, kBlockInts = 5;
+constexpr int64_t kFormatVersion = 3;
+constexpr int64_t kHeaderInts = 10, kConvInts = 7, kBlockInts = 5;
 constexpr int64_t kMaxSize = 1024, kMaxCifarSize = 64, kMaxImageChannels = 4, kMaxInChannels = 512,
                   kMaxWidth = 4096, kMaxClasses = 1'000'000;
-constexpr int64_t kMaxBlocks = 100'000, kMaxBody = 3;
+constexpr int64_t kMaxBlocks = 100'000, kMaxStem = 64, kMaxBody = 3;
 
 [[noreturn]] void fail(const std::string& name, const std::string& expected, int64_t got) {
   throw std::invalid_argument("plan: " + name + ": expected " + expected + ", got " + std::to_string(got));
@@ -36,6 +36,12 @@ class Floats {
   void place(PlanConv& conv) {
     conv.weight = take(conv.cout * conv.cin * conv.kernel * conv.kernel);
     conv.bias = take(conv.cout);
+    PlanSqueeze& squeeze = conv.squeeze;
+    if (squeeze.width == 0) return;
+    squeeze.weight1 = take(squeeze.width * conv.cout);
+    squeeze.bias1 = take(squeeze.width);
+    squeeze.weight2 = take(conv.cout * squeeze.width);
+    squeeze.bias2 = take(conv.cout);
   }
 
   int64_t used() const { return used_; }
@@ -68,15 +74,15 @@ int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding) 
 }
 
 PlanConv make_conv(int64_t cin, int64_t cout, int64_t kernel, int64_t stride, int64_t height, int64_t width,
-                   Floats& floats) {
-  PlanConv conv{cin,
-                cout,
-                kernel,
-                stride,
-                0,
-                0,
-                out_size(height, kernel, stride, kernel / 2),
-                out_size(width, kernel, stride, kernel / 2)};
+                   Floats& floats, int64_t squeeze = 0) {
+  PlanConv conv{};
+  conv.cin = cin;
+  conv.cout = cout;
+  conv.kernel = kernel;
+  conv.stride = stride;
+  conv.out_height = out_size(height, kernel, stride, kernel / 2);
+  conv.out_width = out_size(width, kernel, stride, kernel / 2);
+  conv.squeeze.width = squeeze;
   floats.place(conv);
   return conv;
 }
@@ -94,7 +100,8 @@ PlanConv read_conv(const std::string& name, Ints& ints, Floats& floats, int64_t 
   require_range(name + "stride", row[3], 1, max_stride);
   require_equal(name + "padding", row[4], row[2] / 2, ", all that walk computes");
   require_equal(name + "groups", row[5], 1, ", all that walk computes");
-  return make_conv(row[0], row[1], row[2], row[3], height, width, floats);
+  require_range(name + "squeeze", row[6], 0, kMaxWidth);
+  return make_conv(row[0], row[1], row[2], row[3], height, width, floats, row[6]);
 }
 
 PlanBlock read_block(Ints& ints, int64_t index, int64_t channels, int64_t height, int64_t width,
@@ -103,7 +110,7 @@ PlanBlock read_block(Ints& ints, int64_t index, int64_t channels, int64_t height
   const int64_t* row = ints.take(kBlockInts);
   const int64_t shortcut = row[1], shortcut_stride = row[2], pad_before = row[3], router_width = row[4];
   require_range(name + "n_convolutions", row[0], 2, kMaxBody);
-  require_range(name + "shortcut", shortcut, 0, 2);
+  require_range(name + "shortcut", shortcut, 0, 3);
   require_range(name + "router_width", router_width, 1, kMaxWidth);
 
   PlanBlock block{};
@@ -134,6 +141,9 @@ PlanBlock read_block(Ints& ints, int64_t index, int64_t channels, int64_t height
     case Shortcut::projection:
       block.projection = make_conv(channels, cout, 1, block.stride, height, width, floats);
       break;
+    case Shortcut::pooled:
+      block.projection = make_conv(channels, cout, 1, 1, block.out_height(), block.out_width(), floats);
+      break;
   }
   require_range(name + "pad_before", pad_before, 0, block.shortcut == Shortcut::pad ? cout - channels : 0);
 
@@ -145,6 +155,27 @@ PlanBlock read_block(Ints& ints, int64_t index, int64_t channels, int64_t height
   block.router.weight2 = floats.take(router_width);
   block.router.bias2 = floats.take(1);
   return block;
+}
+
+std::vector<PlanConv> read_stem(const int64_t* header, Ints& ints, Floats& floats) {
+  std::vector<PlanConv> stem;
+  int64_t channels = header[1], height = header[2], width = header[3];
+  require_range("stem: n_convolutions", header[9], 1, kMaxStem);
+  for (int64_t i = 0; i < header[9]; ++i) {
+    const std::string name = "stem: convolution " + std::to_string(i) + ": ";
+    const bool first = i == 0;
+    stem.push_back(read_conv(name, ints, floats, channels, height, width, first ? 3 : 1, first ? 7 : 3, 2));
+    const PlanConv& conv = stem.back();
+    if (conv.kernel == 7) {
+      require_range("in_channels", conv.cin, 1, kMaxImageChannels);
+      require_equal(name + "stride", conv.stride, 2, ", all that walk computes with a kernel of 7");
+    }
+    require_equal(name + "squeeze", conv.squeeze.width, 0, ", all that walk computes in a stem");
+    channels = conv.cout;
+    height = conv.out_height;
+    width = conv.out_width;
+  }
+  return stem;
 }
 
 PlanPool read_pool(const int64_t* row) {
@@ -169,22 +200,25 @@ Plan read_plan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t
   require_range("in_width", header[3], 1, kMaxSize);
   require_range("num_classes", header[4], 1, kMaxClasses);
   require_range("n_blocks", header[5], 0, kMaxBlocks);
-  const PlanPool pool = read_pool(header + 6);
-
   Floats layout;
-  const PlanConv stem = read_conv("stem: ", rows, layout, header[1], header[2], header[3], 3, 7, 2);
-  if (stem.kernel == 7) {
-    require_range("in_channels", stem.cin, 1, kMaxImageChannels);
-    require_equal("stem: stride", stem.stride, 2, ", all that walk computes with a kernel of 7");
-  }
-  Plan plan{header[1], header[2], header[3], header[4], stem, {}, pool, stem.out_height, stem.out_width, {}};
+  Plan plan{};
+  plan.in_channels = header[1];
+  plan.in_height = header[2];
+  plan.in_width = header[3];
+  plan.num_classes = header[4];
+  plan.pool = read_pool(header + 6);
+  plan.stem = read_stem(header, rows, layout);
+  plan.channels = plan.stem.back().cout;
+  plan.height = plan.stem.back().out_height;
+  plan.width = plan.stem.back().out_width;
+  const PlanPool& pool = plan.pool;
   if (pool.kernel > 0) {
     for (int64_t* size : {&plan.height, &plan.width}) {
       require_range("the map to pool", *size, pool.kernel - 2 * pool.padding, kMaxSize);
       *size = out_size(*size, pool.kernel, pool.stride, pool.padding);
     }
   }
-  int64_t channels = stem.cout, height = plan.height, width = plan.width;
+  int64_t channels = plan.channels, height = plan.height, width = plan.width;
   for (int64_t i = 0; i < header[5]; ++i) {
     plan.blocks.push_back(read_block(rows, i, channels, height, width, layout));
     channels = plan.blocks.back().cout();
@@ -202,14 +236,18 @@ void require_cifar_form(const Plan& plan) {
   require_range("in_height", plan.in_height, 1, kMaxCifarSize);
   require_range("in_width", plan.in_width, 1, kMaxCifarSize);
   require_equal("pool_kernel", plan.pool.kernel, 0);
-  require_equal("stem: kernel", plan.stem.kernel, 3);
-  require_equal("stem: stride", plan.stem.stride, 1);
+  require_equal("stem: n_convolutions", plan.stem.size(), 1);
+  require_equal("stem: convolution 0: kernel", plan.stem[0].kernel, 3);
+  require_equal("stem: convolution 0: stride", plan.stem[0].stride, 1);
   for (size_t i = 0; i < plan.blocks.size(); ++i) {
     const std::string name = "block " + std::to_string(i) + ": ";
     const std::vector<PlanConv>& body = plan.blocks[i].body;
     require_equal(name + "n_convolutions", body.size(), 2);
+    require_range(name + "shortcut", static_cast<int64_t>(plan.blocks[i].shortcut), 0, 2);
     for (size_t j = 0; j < body.size(); ++j) {
-      require_equal(name + "convolution " + std::to_string(j) + ": kernel", body[j].kernel, 3);
+      const std::string convolution = name + "convolution " + std::to_string(j) + ": ";
+      require_equal(convolution + "kernel", body[j].kernel, 3);
+      require_equal(convolution + "squeeze", body[j].squeeze.width, 0);
     }
     require_equal(name + "convolution 1: stride", body[1].stride, 1);
   }

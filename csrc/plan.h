@@ -1,34 +1,38 @@
 // The description of a routed network that the walkers execute: filled from Python, read by every device.
 //
 // The network, on one sample x [in_channels, in_height, in_width]:
-//   map = ReLU(conv(x)), then max-pooled if pool_kernel > 0
+//   map = x, for every convolution of the stem ReLU(conv(map)), then max-pooled if pool_kernel > 0
 //   for every block:  pooled = mean of map over its pixels
 //                     margin = w2 . ReLU(W1 pooled + b1) + b2
 //                     executes where margin > threshold (NaN: it does not)
 //                     map = ReLU(shortcut(map) + d * body(map)), d = 1 if executed, else 0
 //   logits = Wh (mean of map over its pixels) + bh
 // A body is a chain of convolutions with ReLU between them. BatchNorm is folded into weights and biases.
+// Where a convolution has squeeze > 0, squeeze-and-excitation comes last: its map, behind the ReLU if there
+// is one, is multiplied by sigmoid(V2 ReLU(V1 (mean of the map over its pixels) + c1) + c2).
 //
-// Integers (int64), one after the other: the header, the stem's convolution, then every block with its
+// Integers (int64), one after the other: the header, the stem's convolutions, then every block with its
 // convolutions behind it:
-//   header       format_version = 2, in_channels, in_height, in_width, num_classes, n_blocks,
-//                pool_kernel, pool_stride, pool_padding (0, 0, 0: no pooling)
-//   convolution  cin, cout, kernel, stride, padding, groups
-//   block        n_convolutions, shortcut (0 identity, 1 pad, 2 projection), shortcut_stride, pad_before,
-//                router_width
-// Shortcuts that are no identity take every shortcut_stride-th pixel. A pad puts `pad_before` channels of
-// zeros in front of its own and the rest behind; a projection is a 1x1 convolution.
+//   header       format_version = 3, in_channels, in_height, in_width, num_classes, n_blocks,
+//                pool_kernel, pool_stride, pool_padding (0, 0, 0: no pooling), n_convolutions of the stem
+//   convolution  cin, cout, kernel, stride, padding, groups, squeeze
+//   block        n_convolutions, shortcut (0 identity, 1 pad, 2 projection, 3 pooled), shortcut_stride,
+//                pad_before, router_width
+// A pad and a projection take every shortcut_stride-th pixel. A pad puts `pad_before` channels of zeros in
+// front of its own and the rest behind; a projection is a 1x1 convolution. Pooled is a projection of the
+// means of squares of shortcut_stride x shortcut_stride pixels, of those that there are at the lower and
+// right edge.
 //
 // Floats (float32), one after the other without gaps:
-//   stem    weight [cout, cin / groups, kernel, kernel], bias [cout]
-//   block   of each convolution weight [cout, cin / groups, kernel, kernel], bias [cout];
-//           projection only: weight [cout, cin], bias [cout];
+//   stem    of each convolution weight [cout, cin / groups, kernel, kernel], bias [cout], and where it has
+//           squeeze > 0: V1 [squeeze, cout], c1 [squeeze], V2 [cout, squeeze], c2 [cout]
+//   block   of each convolution the same; projection and pooled: weight [cout, cin], bias [cout];
 //           router W1 [width, cin], b1 [width], w2 [width], b2 [1]
 //   head    weight [classes, channels], bias [classes]
 //
-// The structs below are what a walker runs of this: a stem of 3x3, or of 7x7 with stride 2 on 4 channels at
-// most; bodies of two or three 1x1 and 3x3 convolutions; padding (kernel - 1) / 2, strides 1 and 2, no
-// groups.
+// The structs below are what a walker runs of this: a stem that begins with 3x3, or with 7x7 of stride 2 on 4
+// channels at most, without squeeze-and-excitation; bodies of two or three convolutions; 1x1 and 3x3, padding
+// (kernel - 1) / 2, strides 1 and 2, no groups.
 #pragma once
 
 #include <cstdint>
@@ -36,13 +40,19 @@
 
 namespace spnet {
 
-enum class Shortcut { identity, pad, projection };
+enum class Shortcut { identity, pad, projection, pooled };
 
 // Tensors are given as positions in the table of floats.
+struct PlanSqueeze {
+  int64_t width;  // 0: there is none
+  int64_t weight1, bias1, weight2, bias2;
+};
+
 struct PlanConv {
   int64_t cin, cout, kernel, stride;
   int64_t weight, bias;
   int64_t out_height, out_width;
+  PlanSqueeze squeeze;
 };
 
 struct PlanPool {
@@ -65,13 +75,15 @@ struct PlanBlock {
   int64_t cout() const { return body.back().cout; }
   int64_t out_height() const { return body.back().out_height; }
   int64_t out_width() const { return body.back().out_width; }
+  bool is_projection() const { return shortcut == Shortcut::projection || shortcut == Shortcut::pooled; }
 };
 
 struct Plan {
   int64_t in_channels, in_height, in_width, num_classes;
-  PlanConv stem, head;
+  std::vector<PlanConv> stem;
+  PlanConv head;
   PlanPool pool;
-  int64_t height, width;  // of the first block's map
+  int64_t channels, height, width;  // of the first block's map
   std::vector<PlanBlock> blocks;
 };
 
@@ -80,8 +92,9 @@ struct Plan {
 // integers is read.
 Plan read_plan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t n_floats);
 
-// Throws as read_plan does where a plan is more than the CIFAR form with basic blocks: a 3x3 stem of stride 1
-// without pooling, maps up to 64x64, bodies of two 3x3 convolutions with the stride on the first.
+// Throws as read_plan does where a plan is more than the CIFAR form with basic blocks: a stem of one 3x3
+// convolution of stride 1 without pooling, maps up to 64x64, bodies of two 3x3 convolutions with the stride
+// on the first, no pooled shortcuts, no squeeze-and-excitation.
 void require_cifar_form(const Plan& plan);
 
 }  // namespace spnet

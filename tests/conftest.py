@@ -1,7 +1,9 @@
 """Shared by all tests: small networks whose routers really route."""
 
 import copy
+import math
 import os
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -57,6 +59,39 @@ def settle(model: nn.Module, bias: float = 0.0, spread: float = 1.0) -> nn.Modul
                 m.fc2.weight.normal_(0, spread, generator=generator)
                 m.fc2.bias.copy_(torch.tensor([0.0, bias]))
     return model.eval()
+
+
+class SqueezeExcitation(nn.Module):
+    """In the way of timm."""
+
+    def __init__(self, channels: int, width: int = 3):
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(channels, width, 1), nn.Conv2d(width, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+VARIANTS = ("deep stem", "averages", "squeeze")
+
+
+def vary(model: spnet.models.SPNet, variants: Collection[str]) -> spnet.models.SPNet:
+    """What ResNet-D, SE-ResNet and RegNetY have beyond a ResNet; of VARIANTS, in place."""
+    if "deep stem" in variants:
+        first, pool = model.features.stem[:3], model.features.stem[3:]
+        channels = first[0].out_channels
+        more = nn.Conv2d(channels, 5, 1), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, channels, 3, 1, 1), nn.ReLU()
+        model.features.stem = nn.Sequential(*first, *more, *pool)
+    for number, block in enumerate(routed_blocks(model).values()):
+        convolutions = [layer for layer in block.body if isinstance(layer, nn.Conv2d)]
+        channels = convolutions[0].in_channels, convolutions[-1].out_channels
+        if "averages" in variants and channels[0] != channels[1]:
+            pool = nn.AvgPool2d(math.prod(layer.stride[0] for layer in convolutions), ceil_mode=True)
+            block.shortcut = nn.Sequential(pool, nn.Conv2d(*channels, 1), nn.BatchNorm2d(channels[1]))
+        if "squeeze" in variants:
+            place = (3, len(block.body))[number % 2]
+            block.body.insert(place, SqueezeExcitation(convolutions[-(number % 2)].out_channels))
+    return model
 
 
 def margins(model: nn.Module, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from spnet.native import core
-from tests.test_walk_core import IDENTITY, PAD, PROJECTION, VALID, Block, Network, chain, path_choices
+from tests.test_walk_core import IDENTITY, PAD, POOLED, PROJECTION, VALID, Block, Network, chain, path_choices
 
 DTYPES = {torch.float16: core.Dtype.float16, torch.bfloat16: core.Dtype.bfloat16}
 SHARED_LIMIT = 227 << 10  # of a thread block on sm_90
@@ -308,8 +308,8 @@ def emulated(network: Network, dtype=core.Dtype.float16, shared_limit: int = SHA
     [
         (Network(3, (65, 8), 4, []), "in_height: expected 1 to 64, got 65"),
         (Network(3, (8, 8), 4, [], pool=(3, 2, 1)), "pool_kernel: expected 0, got 3"),
-        (Network(3, (8, 8), 4, [], stem_kernel=7, stem_stride=2), "stem: kernel: expected 3, got 7"),
-        (Network(3, (8, 8), 4, [], stem_stride=2), "stem: stride: expected 1, got 2"),
+        (Network(3, (8, 8), 4, [], stem_kernel=7, stem_stride=2), "stem: convolution 0: kernel: expected 3, got 7"),
+        (Network(3, (8, 8), 4, [], stem_stride=2), "stem: convolution 0: stride: expected 1, got 2"),
         (
             Network(3, (8, 8), 4, [Block(4, 2, 4, kernels=(1, 3, 1))]),
             "block 0: n_convolutions: expected 2, got 3",
@@ -321,6 +321,12 @@ def emulated(network: Network, dtype=core.Dtype.float16, shared_limit: int = SHA
         (
             Network(3, (8, 8), 4, [Block(4, 2, 4, 2, PROJECTION, strided=1)]),
             "block 0: convolution 1: stride: expected 1, got 2",
+        ),
+        (Network(3, (8, 8), 4, [], deeper=((4, 3, 1),)), "stem: n_convolutions: expected 1, got 2"),
+        (Network(3, (8, 8), 4, [Block(4, 2, 4, 2, POOLED)]), "block 0: shortcut: expected 0 to 2, got 3"),
+        (
+            Network(3, (8, 8), 4, [Block(4, 2, 4, squeezes=(0, 2))]),
+            "block 0: convolution 1: squeeze: expected 0, got 2",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spnet.native import core
 
-IDENTITY, PAD, PROJECTION = 0, 1, 2
+IDENTITY, PAD, PROJECTION, POOLED = range(4)
 
 
 @dataclass
@@ -27,12 +27,13 @@ class Block:
     router_width: int = 16
     kernels: tuple[int, ...] = (3, 3)
     strided: int = 0  # the convolution that has the stride
+    squeezes: tuple[int, ...] = (0, 0, 0)
 
-    def convolutions(self) -> list[tuple[int, int, int, int]]:
-        """cin, cout, kernel and stride of each."""
+    def convolutions(self) -> list[tuple[int, int, int, int, int]]:
+        """cin, cout, kernel, stride and squeeze of each."""
         widths = [self.cin] + [self.mid] * (len(self.kernels) - 1) + [self.cout]
         strides = [self.stride if i == self.strided else 1 for i in range(len(self.kernels))]
-        return list(zip(widths[:-1], widths[1:], self.kernels, strides, strict=True))
+        return list(zip(widths[:-1], widths[1:], self.kernels, strides, self.squeezes, strict=False))
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Network:
     stem_kernel: int = 3
     stem_stride: int = 1
     pool: tuple[int, int, int] = (0, 0, 0)
+    deeper: tuple[tuple[int, int, int], ...] = ()  # cout, kernel and stride of more convolutions of the stem
     weights: list[Tensor] = field(init=False)
 
     def __post_init__(self):
@@ -62,24 +64,34 @@ class Network:
         def linear(cin, cout):
             return [normal(cout, cin, scale=cin**-0.5), normal(cout, scale=0.1)]
 
-        self.weights = conv(self.in_channels, self.stem, self.stem_kernel)
+        self.weights = []
+        for cin, cout, kernel, _ in self.stem_convolutions():
+            self.weights += conv(cin, cout, kernel)
         for b in self.blocks:
-            for cin, cout, kernel, _ in b.convolutions():
+            for cin, cout, kernel, _, squeeze in b.convolutions():
                 self.weights += conv(cin, cout, kernel)
-            if b.shortcut == PROJECTION:
+                if squeeze:
+                    self.weights += linear(cout, squeeze) + linear(squeeze, cout)
+            if b.shortcut in (PROJECTION, POOLED):
                 self.weights += conv(b.cin, b.cout, 1)
             self.weights += linear(b.cin, b.router_width)
             self.weights += [normal(b.router_width, scale=b.router_width**-0.5), normal(1, scale=0.1)]
-        channels = self.blocks[-1].cout if self.blocks else self.stem
+        channels = self.blocks[-1].cout if self.blocks else self.stem_convolutions()[-1][1]
         self.weights += linear(channels, self.classes)
 
+    def stem_convolutions(self) -> list[tuple[int, int, int, int]]:
+        """cin, cout, kernel and stride of each."""
+        stem = (self.stem, self.stem_kernel, self.stem_stride), *self.deeper
+        return [(cin, *conv) for cin, conv in zip((self.in_channels, *(conv[0] for conv in stem)), stem, strict=False)]
+
     def tables(self) -> tuple[Tensor, Tensor]:
-        table = [2, self.in_channels, *self.size, self.classes, len(self.blocks), *self.pool]
-        table += [self.in_channels, self.stem, self.stem_kernel, self.stem_stride, self.stem_kernel // 2, 1]
+        table = [3, self.in_channels, *self.size, self.classes, len(self.blocks), *self.pool, 1 + len(self.deeper)]
+        for cin, cout, kernel, stride in self.stem_convolutions():
+            table += [cin, cout, kernel, stride, kernel // 2, 1, 0]
         for b in self.blocks:
             table += [len(b.kernels), b.shortcut, b.stride, b.pad_before, b.router_width]
-            for cin, cout, kernel, stride in b.convolutions():
-                table += [cin, cout, kernel, stride, kernel // 2, 1]
+            for cin, cout, kernel, stride, squeeze in b.convolutions():
+                table += [cin, cout, kernel, stride, kernel // 2, 1, squeeze]
         return torch.tensor(table), torch.cat([w.flatten() for w in self.weights])
 
     def input(self, batch: int) -> Tensor:
@@ -88,20 +100,28 @@ class Network:
     def reference(self, x: Tensor, paths: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Logits [B, classes] along given paths [B, L], and the routers' margins [B, L] met on the way."""
         w = iter([w.to(dtype) for w in self.weights])
-        x = F.relu(F.conv2d(x.to(dtype), next(w), next(w), stride=self.stem_stride, padding=self.stem_kernel // 2))
+        x = x.to(dtype)
+        for _, _, kernel, stride in self.stem_convolutions():
+            x = F.relu(F.conv2d(x, next(w), next(w), stride=stride, padding=kernel // 2))
         if self.pool[0]:
             x = F.max_pool2d(x, *self.pool)
         margins = []
         for i, b in enumerate(self.blocks):
             body = x
-            for _, _, kernel, stride in b.convolutions():
-                body = F.conv2d(F.relu(body), next(w), next(w), stride=stride, padding=kernel // 2)
+            for number, (_, _, kernel, stride, squeeze) in enumerate(b.convolutions(), 1):
+                body = F.conv2d(body, next(w), next(w), stride=stride, padding=kernel // 2)
+                body = F.relu(body) if number < len(b.kernels) else body
+                if squeeze:
+                    hidden = F.relu(F.linear(body.mean((2, 3)), next(w), next(w)))
+                    body = body * F.linear(hidden, next(w), next(w)).sigmoid()[:, :, None, None]
             shortcut = x
             if b.shortcut == PAD:
                 behind = b.cout - b.cin - b.pad_before
                 shortcut = F.pad(x[:, :, :: b.stride, :: b.stride], (0, 0, 0, 0, b.pad_before, behind))
             elif b.shortcut == PROJECTION:
                 shortcut = F.conv2d(x, next(w), next(w), stride=b.stride)
+            elif b.shortcut == POOLED:
+                shortcut = F.conv2d(F.avg_pool2d(x, b.stride, ceil_mode=True), next(w), next(w))
             hidden = F.relu(F.linear(x.mean((2, 3)), next(w), next(w)))
             margins.append(F.linear(hidden, next(w)[None], next(w))[:, 0])
             x = F.relu(torch.where(paths[:, i, None, None, None], shortcut + body, shortcut))
@@ -181,6 +201,40 @@ NETWORKS = {
     "pooled": Network(4, (23, 14), 32, [Block(32, 32, 32)], stem_kernel=7, stem_stride=2, pool=(2, 1, 0)),
     "grown-by-its-pool": Network(1, (41, 37), 16, [Block(16, 3, 8, 2, PROJECTION)], pool=(2, 1, 1)),
     "strided-stem": Network(5, (9, 12), 32, [Block(32, 40, 70, 2, PROJECTION)], stem_stride=2, pool=(2, 2, 1)),
+    "deep-stem": Network(
+        3,
+        (33, 26),
+        5,
+        [Block(20, 6, 20, kernels=(1, 3, 1)), Block(20, 9, 17, 2, POOLED)],
+        stem_stride=2,
+        pool=(3, 2, 1),
+        deeper=((24, 3, 1), (7, 1, 1), (20, 3, 2)),
+    ),
+    "deepest-stem": Network(2, (30, 31), 8, [Block(40, 4, 40)], stem_kernel=7, stem_stride=2, deeper=((40, 3, 2),)),
+    "averages": Network(
+        3,
+        (15, 13),
+        9,
+        [
+            Block(9, 5, 20, 2, POOLED),
+            Block(20, 5, 40, 1, POOLED, kernels=(1, 3, 1), strided=1),
+            Block(40, 33, 17, 2, POOLED, kernels=(1, 3, 1), strided=1),
+            Block(17, 5, 3, 2, POOLED, kernels=(3, 1, 3), strided=2),
+        ],
+    ),
+    "squeezes": Network(
+        3,
+        (14, 19),
+        12,
+        [
+            Block(12, 20, 12, squeezes=(0, 5)),
+            Block(12, 37, 12, squeezes=(1, 0)),
+            Block(12, 40, 20, 1, PAD, 3, kernels=(1, 3, 1), squeezes=(0, 0, 33)),
+            Block(20, 33, 17, 2, POOLED, kernels=(1, 3, 1), squeezes=(4, 7, 3), strided=2),
+            Block(17, 50, 17, kernels=(1, 3, 1), squeezes=(0, 9, 0)),
+            Block(17, 5, 33, 2, PROJECTION, squeezes=(2, 3)),
+        ],
+    ),
     "strips": Network(
         1,
         (26, 25),
@@ -196,6 +250,16 @@ NETWORKS = {
             Block(256, 256, 300, 2, PROJECTION),
             Block(300, 256, 310, 1, PAD, 5),
             Block(310, 256, 320, 2, PROJECTION),
+        ],
+    ),
+    "heavy-squeezes": Network(
+        1,
+        (7, 5),
+        256,
+        [
+            Block(256, 256, 256, squeezes=(0, 40)),
+            Block(256, 256, 300, 2, POOLED, kernels=(1, 3, 3), squeezes=(3, 0, 20), strided=1),
+            Block(300, 300, 300, kernels=(1, 3, 1), squeezes=(0, 10, 0)),
         ],
     ),
 }
@@ -428,8 +492,8 @@ def test_bfloat16_needs_the_level():
 # --- What is refused ------------------------------------------------------------------------------------------
 
 HEADER = ("format_version", "in_channels", "in_height", "in_width", "num_classes", "n_blocks")
-HEADER += ("pool_kernel", "pool_stride", "pool_padding")
-CONVOLUTION = ("cin", "cout", "kernel", "stride", "padding", "groups")
+HEADER += ("pool_kernel", "pool_stride", "pool_padding", "stem: n_convolutions")
+CONVOLUTION = ("cin", "cout", "kernel", "stride", "padding", "groups", "squeeze")
 BLOCK = ("n_convolutions", "shortcut", "shortcut_stride", "pad_before", "router_width")
 BLOCK += tuple(f"convolution {i}: {name}" for i in range(2) for name in CONVOLUTION)
 VALID = Network(3, (9, 8), 4, [Block(4, 6, 4), Block(4, 6, 9, 2, PAD, 2), Block(9, 6, 5, 2, PROJECTION)])
@@ -444,13 +508,14 @@ def assert_refused(position: int, value: int, message: str):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("format_version", v) for v in (0, 1, 3, -1)]
+    [("format_version", v) for v in (0, 1, 2, 4, -1)]
     + [("in_channels", v) for v in (0, -3, 513)]
     + [(n, v) for n in ("in_height", "in_width") for v in (0, -1, 1025)]
     + [("num_classes", v) for v in (0, -1, 1_000_001)]
     + [("n_blocks", v) for v in (-1, 100_001, 1 << 60)]
     + [(n, v) for n in ("pool_stride", "pool_padding") for v in (-1, 1, 3)]
-    + [("pool_kernel", v) for v in (-1, 1, 4)],
+    + [("pool_kernel", v) for v in (-1, 1, 4)]
+    + [("stem: n_convolutions", v) for v in (-1, 0, 65, 1 << 62)],
 )
 def test_refuses_a_header(name, value):
     assert_refused(HEADER.index(name), value, name)
@@ -459,10 +524,10 @@ def test_refuses_a_header(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("cin", 2), ("cout", 0), ("cout", -1), ("cout", 4097), ("kernel", 5), ("stride", 0), ("stride", 3)]
-    + [("padding", 0), ("groups", 3)],
+    + [("padding", 0), ("groups", 3), ("squeeze", 1), ("squeeze", -1)],
 )
 def test_refuses_a_stem(name, value):
-    assert_refused(len(HEADER) + CONVOLUTION.index(name), value, f"stem: {name}")
+    assert_refused(len(HEADER) + CONVOLUTION.index(name), value, f"stem: convolution 0: {name}")
 
 
 @pytest.mark.parametrize(
@@ -479,6 +544,8 @@ def test_refuses_a_stem(name, value):
         (0, "convolution 0: kernel", 7),
         (0, "convolution 0: padding", 0),
         (0, "convolution 0: groups", 2),
+        (0, "convolution 0: squeeze", -1),
+        (0, "convolution 1: squeeze", 4097),
         (0, "convolution 1: cin", 5),
         (0, "convolution 1: cout", 0),
         (1, "convolution 1: stride", 2),
@@ -492,7 +559,7 @@ def test_refuses_a_stem(name, value):
         (1, "convolution 0: stride", 3),
         (1, "shortcut_stride", 1),
         (1, "shortcut", -1),
-        (1, "shortcut", 3),
+        (1, "shortcut", 4),
         (1, "pad_before", -1),
         (1, "pad_before", 6),
         (2, "convolution 0: cin", 4),
@@ -522,7 +589,10 @@ def test_refuses_a_shortcut(blocks, message):
     ("changed", "message"),
     [
         (dict(in_channels=5), "in_channels: expected 1 to 4, got 5"),
-        (dict(stem_stride=1), "stem: stride: expected 2, all that walk computes with a kernel of 7, got 1"),
+        (
+            dict(stem_stride=1),
+            "stem: convolution 0: stride: expected 2, all that walk computes with a kernel of 7, got 1",
+        ),
         (dict(size=(3, 9), pool=(3, 2, 0)), "the map to pool: expected 3 to 1024, got 2"),
         (dict(pool=(2, 3, 0)), "pool_stride: expected 1 to 2, got 3"),
         (dict(pool=(3, 2, 2)), "pool_padding: expected 0 to 1, got 2"),
@@ -537,10 +607,10 @@ def test_refuses_an_image(changed, message):
 def test_refuses_other_numbers_of_integers_and_floats():
     ints, floats = VALID.tables()
     n_ints, n_floats = ints.numel(), floats.numel()
-    for n in (-1, 0, 8):
-        with pytest.raises(ValueError, match=f"integers: expected a header of 9, got {n}"):
+    for n in (-1, 0, 9):
+        with pytest.raises(ValueError, match=f"integers: expected a header of 10, got {n}"):
             core.Plan(ints.data_ptr(), n, floats.data_ptr(), n_floats)
-    for n in range(9, n_ints):
+    for n in range(10, n_ints):
         with pytest.raises(ValueError, match=f"integers: expected [0-9]+ or more, .*, got {n}"):
             core.Plan(ints.data_ptr(), n, floats.data_ptr(), n_floats)
     with pytest.raises(ValueError, match=f"integers: expected {n_ints}, .*, got {n_ints + 5}"):

@@ -60,10 +60,10 @@ PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats,
     : plan(read_plan(ints, n_ints, floats, n_floats)),
       level(cpu::level()),
       precision(precision),
-      conv(kernels(precision, plan.stem.cout % 32 == 0 || plan.stem.kernel == 7).conv),
+      conv(kernels(precision, plan.channels % 32 == 0 || plan.stem[0].kernel == 7).conv),
       ops(kernels(precision).ops) {
-  stem = pack(floats, plan.stem);
-  const int64_t stem_row = vectors(plan.stem.cout) * conv.vector * plan.stem.out_width * element_bytes();
+  for (const PlanConv& conv : plan.stem) stem.push_back(pack(floats, conv));
+  const int64_t stem_row = planes(plan.channels) * conv.lanes * plan.stem.back().out_width * element_bytes();
   stem_strip = std::max<int64_t>(kStripBytes / stem_row / 2, 4);
   int64_t height = plan.height, width = plan.width;
   for (const PlanBlock& block : plan.blocks) {
@@ -72,8 +72,7 @@ PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats,
     height = block.out_height();
     width = block.out_width();
   }
-  head = {pack_linear_weight(floats + plan.head.weight, plan.head.cout, plan.head.cin),
-          pack_vector(floats + plan.head.bias, plan.head.cout), plan.head.cin, plan.head.cout};
+  head = pack_linear(floats, plan.head.weight, plan.head.bias, plan.head.cin, plan.head.cout);
   measure();
 }
 
@@ -88,16 +87,16 @@ PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_
     block.body.push_back(pack(floats, conv));
     weight_bytes += block.body.back().bytes;
     row_bytes += row(conv.cout, conv.out_width);
+    block.squeezes |= conv.squeeze.width > 0;
     if (&conv != &shape.body.front()) reach += conv.kernel / 2;
   }
-  if (shape.shortcut == Shortcut::projection) block.projection = pack(floats, shape.projection);
+  if (shape.is_projection()) block.projection = pack(floats, shape.projection);
   // In place, a row must not be written before the first convolution has read it.
-  const bool in_strips = reach >= shape.body.front().kernel / 2;
+  const bool in_strips = !block.squeezes && reach >= shape.body.front().kernel / 2;
   block.strip = in_strips ? std::max<int64_t>(kStripBytes / row_bytes, 4) : shape.out_height();
   block.is_heavy = weight_bytes > std::max(kWeightBytes, map_bytes(shape.cin(), height, width));
   const PlanRouter& router = shape.router;
-  block.router = {pack_linear_weight(floats + router.weight1, router.width, router.cin),
-                  pack_vector(floats + router.bias1, router.width), router.cin, router.width};
+  block.router = pack_linear(floats, router.weight1, router.bias1, router.cin, router.width);
   block.router_weight2 = pack_vector(floats + router.weight2, router.width);
   block.router_bias2 = floats[router.bias2];
   return block;
@@ -140,7 +139,15 @@ PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
     }
   }
   const float* packed = packed_.back().get();
-  return {packed, pack_vector(floats + shape.bias, cout), shape, vectors(cout), (to - packed) * 4};
+  const float* bias = pack_vector(floats + shape.bias, cout);
+  const PlanSqueeze& squeeze = shape.squeeze;
+  return {packed,
+          bias,
+          shape,
+          vectors(cout),
+          (to - packed) * 4,
+          pack_linear(floats, squeeze.weight1, squeeze.bias1, cout, squeeze.width),
+          pack_linear(floats, squeeze.weight2, squeeze.bias2, squeeze.width, cout)};
 }
 
 const float* PackedPlan::pack_vector(const float* values, int64_t n) {
@@ -149,15 +156,16 @@ const float* PackedPlan::pack_vector(const float* values, int64_t n) {
   return packed_.back().get();
 }
 
-const float* PackedPlan::pack_linear_weight(const float* weight, int64_t outputs, int64_t inputs) {
+Linear PackedPlan::pack_linear(const float* floats, int64_t weight, int64_t bias, int64_t inputs,
+                               int64_t outputs) {
   const int64_t lanes = conv.vector;
   packed_.emplace_back(vectors(outputs) * lanes * inputs);
   float* to = packed_.back().get();
   for (int64_t o = 0; o < outputs; ++o) {
     float* column = to + o / lanes * lanes * inputs + o % lanes;
-    for (int64_t i = 0; i < inputs; ++i) column[i * lanes] = weight[o * inputs + i];
+    for (int64_t i = 0; i < inputs; ++i) column[i * lanes] = floats[weight + o * inputs + i];
   }
-  return to;
+  return {to, pack_vector(floats + bias, outputs), inputs, outputs};
 }
 
 int64_t PackedPlan::map_bytes(int64_t channels, int64_t height, int64_t width) const {
@@ -168,26 +176,36 @@ int64_t PackedPlan::map_bytes(int64_t channels, int64_t height, int64_t width) c
 void PackedPlan::measure() {
   const auto grow = [](int64_t& bytes, int64_t wanted) { bytes = std::max(bytes, wanted + kGuardBytes); };
   const auto floats = [](int64_t n) { return whole_lines(n * sizeof(float)); };
-  const auto state = [&](int64_t channels, int64_t height, int64_t width) {
+  const auto sums = [&](int64_t channels, int64_t height) {
     const int64_t padded = vectors(channels) * conv.vector;
-    grow(state_bytes_, map_bytes(channels, height, width));
     grow(sums_bytes_, floats(padded * height));
     grow(pooled_bytes_, floats(padded));
   };
-  if (plan.stem.kernel == 7) {
+  const auto state = [&](int64_t channels, int64_t height, int64_t width) {
+    grow(state_bytes_, map_bytes(channels, height, width));
+    sums(channels, height);
+  };
+  const auto middle = [&](int64_t i, const PlanConv& conv) {
+    grow(middle_bytes_[i % 2], map_bytes(conv.cout, conv.out_height, conv.out_width));
+  };
+  if (plan.stem[0].kernel == 7) {
     const int64_t pixels = (plan.in_height + 6) * (plan.in_width + 6) + kSlackPixels;
     grow(middle_bytes_[0], whole_lines(pixels * kImageLanes * element_bytes()));
   } else {
     grow(middle_bytes_[0], map_bytes(plan.in_channels, plan.in_height, plan.in_width));
   }
-  state(plan.stem.cout, plan.stem.out_height, plan.stem.out_width);
-  state(plan.stem.cout, plan.height, plan.width);  // larger where a pooling of stride 1 is padded
+  for (size_t i = 0; i + 1 < plan.stem.size(); ++i) middle(i + 1, plan.stem[i]);
+  state(plan.channels, plan.stem.back().out_height, plan.stem.back().out_width);
+  state(plan.channels, plan.height, plan.width);  // larger where a pooling of stride 1 is padded
   for (const PlanBlock& block : plan.blocks) {
-    for (size_t i = 0; i + 1 < block.body.size(); ++i) {
+    for (size_t i = 0; i < block.body.size(); ++i) {
       const PlanConv& conv = block.body[i];
-      grow(middle_bytes_[i % 2], map_bytes(conv.cout, conv.out_height, conv.out_width));
+      const bool squeezes = conv.squeeze.width > 0;
+      if (squeezes || i + 1 < block.body.size()) middle(i, conv);
+      if (squeezes) sums(conv.cout, conv.out_height);
+      grow(hidden_bytes_, floats(conv.squeeze.width));
     }
-    if (block.shortcut == Shortcut::projection) {
+    if (block.is_projection()) {
       grow(middle_bytes_[0], map_bytes(block.cin(), block.out_height(), block.out_width()));
     }
     grow(hidden_bytes_, floats(block.router.width));

@@ -35,6 +35,7 @@ struct PackedConv {
   const float* bias;
   PlanConv shape;
   int64_t vectors, bytes;  // of output channels; of the weights
+  Linear squeeze, excite;  // where shape.squeeze says so
 };
 
 struct PackedBlock {
@@ -44,6 +45,7 @@ struct PackedBlock {
   int64_t strip;  // rows that go through the block together, as many as stay in cache from its first
                   // convolution on
   bool is_heavy;  // its weights do not stay in cache while a sample goes through
+  bool squeezes;  // so that each convolution ends before the next begins
   Linear router;
   const float* router_weight2;
   float router_bias2;
@@ -82,7 +84,7 @@ class PackedPlan {
   const Precision precision;
   const ConvFunctions& conv;
   const WalkOps& ops;
-  PackedConv stem;
+  std::vector<PackedConv> stem;
   int64_t stem_strip;  // rows of the pooled map that are computed together
   std::vector<PackedBlock> blocks;
   Linear head;
@@ -102,8 +104,8 @@ class PackedPlan {
   int64_t vectors(int64_t channels) const { return planes(channels) * conv.lanes / conv.vector; }
   int64_t map_bytes(int64_t channels, int64_t height, int64_t width) const;
   const float* pack_vector(const float* values, int64_t n);
-  const float* pack_linear_weight(const float* weight, int64_t outputs, int64_t inputs);
   PackedConv pack(const float* floats, const PlanConv& conv);
+  Linear pack_linear(const float* floats, int64_t weight, int64_t bias, int64_t inputs, int64_t outputs);
   PackedBlock pack(const float* floats, const PlanBlock& block, int64_t height, int64_t width);
   void measure();
   int64_t sample_bytes() const { return 2 * state_bytes_ + sums_bytes_ + pooled_bytes_ + hidden_bytes_; }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -166,7 +167,8 @@ class Walk {
         shape(workspace_.samples[i].spare, block.shape.cout(), block.shape.out_height(),
               block.shape.out_width());
         // That of a sample whose body goes strip by strip is computed with it.
-        if (!block.is_heavy && skips[i]) run_shortcut(block, &i, 1, 0, block.shape.out_height(), skips);
+        if (!block.is_heavy && (skips[i] || pooled(block)))
+          run_shortcut(block, &i, 1, 0, block.shape.out_height(), skips);
       }
       if (block.is_heavy) run_shortcut(block, all, samples_, 0, block.shape.out_height(), skips);
     }
@@ -186,11 +188,7 @@ class Walk {
       vectors.in[i] = workspace_.samples[i].pooled;
       vectors.out[i] = batch.logits + (first_ + i) * classes;
     }
-    const Linear& head = plan_.head;
-    crew_.share(driver_, plan_.ops.linear_columns(head),
-                [&head, &vectors, n = samples_, run = plan_.ops.linear](int64_t begin, int64_t end) {
-                  run(head, vectors.in, vectors.out, n, begin, end);
-                });
+    run_linear(plan_.head, vectors, samples_);
   }
 
  private:
@@ -243,7 +241,7 @@ class Walk {
   void load(const WalkBatch& batch, int64_t first) const {
     const Plan& plan = plan_.plan;
     MapBuffer& image = workspace_.middles[0][0];
-    const int64_t halo = plan.stem.kernel / 2, lanes = halo > 1 ? kImageLanes : plan_.conv.lanes;
+    const int64_t halo = plan.stem[0].kernel / 2, lanes = halo > 1 ? kImageLanes : plan_.conv.lanes;
     shape(image, (plan.in_channels + lanes - 1) / lanes, lanes, halo, plan.in_height, plan.in_width);
     const MapView map = view(image, 0);
     share(plan.in_height, [&](int64_t begin, int64_t end) {
@@ -316,13 +314,22 @@ class Walk {
   }
 
   void run_stem(Workspace::Sample& sample) const {
-    const PlanConv& stem = plan_.plan.stem;
+    Workspace::Middle& middle = workspace_.middles[0];
+    const int64_t last = plan_.stem.size() - 1;
+    for (int64_t i = 0; i < last; ++i) {
+      const PlanConv& conv = plan_.stem[i].shape;
+      MapBuffer& out = middle[(i + 1) % 2];
+      shape(out, conv.cout, conv.out_height, conv.out_width);
+      run_conv(plan_.stem[i], 1, 0, conv.out_height, false,
+               [&](int64_t) { return Maps{middle[i % 2], out, true, nullptr}; });
+    }
+    const PlanConv& stem = plan_.stem[last].shape;
     const PlanPool& pool = plan_.plan.pool;
-    const MapBuffer& image = workspace_.middles[0][0];
+    const MapBuffer& in = middle[last % 2];
     if (pool.kernel == 0) {
       shape(sample.state, stem.cout, stem.out_height, stem.out_width);
-      run_conv(plan_.stem, 1, 0, stem.out_height, false,
-               [&](int64_t) { return Maps{image, sample.state, true, sample.row_sums}; });
+      run_conv(plan_.stem[last], 1, 0, stem.out_height, false,
+               [&](int64_t) { return Maps{in, sample.state, true, sample.row_sums}; });
       return;
     }
     shape(sample.spare, stem.cout, stem.out_height, stem.out_width);
@@ -333,14 +340,14 @@ class Walk {
     work.kernel = pool.kernel;
     work.stride = pool.stride;
     work.width = plan_.plan.width;
-    work.vectors = plan_.stem.vectors;
+    work.vectors = plan_.stem[last].vectors;
     work.row_sums = sample.row_sums;
     const int64_t strip = plan_.stem_strip * crew_.parts();
     for (int64_t begin = 0, end, done = 0; begin < plan_.plan.height; begin = end) {
       end = std::min(begin + strip, plan_.plan.height);
       const int64_t needed = std::min((end - 1) * pool.stride + pool.kernel - pool.padding, stem.out_height);
-      run_conv(plan_.stem, 1, done, needed, false,
-               [&](int64_t) { return Maps{image, sample.spare, true, nullptr}; });
+      run_conv(plan_.stem[last], 1, done, needed, false,
+               [&](int64_t) { return Maps{in, sample.spare, true, nullptr}; });
       done = needed;
       share(end - begin, [work, begin, run = plan_.ops.max_pool](int64_t first, int64_t last) {
         run(work, begin + first, begin + last);
@@ -365,6 +372,21 @@ class Walk {
     });
   }
 
+  void run_means(const PlanBlock& block, const MapBuffer& in, const MapBuffer& out) const {
+    Means work{};
+    work.in = view(in, 0);
+    work.out = view(out, 0);
+    work.stride = block.stride;
+    work.in_height = in.height;
+    work.in_width = in.width;
+    work.width = out.width;
+    work.vectors = out.planes * out.lanes / plan_.conv.vector;
+    share(out.height, [work, run = plan_.ops.means](int64_t first, int64_t last) { run(work, first, last); });
+  }
+
+  // Their averages lie where a body that goes strip by strip has its own maps, so they come before it.
+  static bool pooled(const PackedBlock& block) { return block.shape.shortcut == Shortcut::pooled; }
+
   // Rows [begin, end) of the spare maps of some samples; for those that skip the body they are the block's
   // result.
   void run_shortcut(const PackedBlock& block, const int64_t* samples, int64_t n, int64_t begin, int64_t end,
@@ -372,17 +394,21 @@ class Walk {
     const auto sums = [&](int64_t sample) {
       return skips[sample] ? workspace_.samples[sample].row_sums : nullptr;
     };
-    if (block.shape.shortcut == Shortcut::projection) {
+    if (block.shape.is_projection()) {
       PackedConv conv = block.projection;
       // Its pixels, one of four, are read again for every group of outputs: of heavy blocks from their own
       // map.
-      const bool gathers = block.is_heavy && conv.shape.stride > 1;
+      const bool gathers = pooled(block) || (block.is_heavy && conv.shape.stride > 1);
       if (gathers) {
         for (int64_t i = 0; i < n; ++i) {
           const MapBuffer& state = workspace_.samples[samples[i]].state;
           MapBuffer& gathered = workspace_.middles[i][0];
           shape(gathered, conv.shape.cin, conv.shape.out_height, conv.shape.out_width);
-          run_pad(block.shape, state, gathered, conv.shape.cin, begin, end, nullptr);
+          if (pooled(block)) {
+            run_means(block.shape, state, gathered);
+          } else {
+            run_pad(block.shape, state, gathered, conv.shape.cin, begin, end, nullptr);
+          }
         }
         conv.shape.stride = 1;
       }
@@ -401,11 +427,55 @@ class Walk {
 
   void pool(int64_t i) {
     if (pooled_[i]) return;
-    const Workspace::Sample& sample = workspace_.samples[i];
-    const MapBuffer& map = sample.state;
+    pool(workspace_.samples[i], workspace_.samples[i].state);
+    pooled_[i] = true;
+  }
+
+  void pool(const Workspace::Sample& sample, const MapBuffer& map) const {
     const int64_t vectors = map.planes * map.lanes / plan_.conv.vector;
     plan_.ops.pool(sample.row_sums, map.height, vectors, map.height * map.width, sample.pooled);
-    pooled_[i] = true;
+  }
+
+  // Every channel of a map that is whole times a number computed from its row sums, which are there. The last
+  // one of a body is added to the shortcut. The pooled vector of the state gives way: it is to change.
+  void squeeze_and_excite(const PackedConv& conv, const int64_t* samples, int64_t n, bool is_last,
+                          const MapBuffer* const* in, const MapBuffer* const* out) const {
+    Vectors first{}, second{};
+    for (int64_t i = 0; i < n; ++i) {
+      const Workspace::Sample& sample = workspace_.samples[samples[i]];
+      pool(sample, *in[i]);
+      first.in[i] = second.out[i] = sample.pooled;
+      second.in[i] = first.out[i] = sample.hidden;
+    }
+    run_linear(conv.squeeze, first, n);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < conv.squeeze.outputs; ++j) {
+        if (first.out[i][j] < 0) first.out[i][j] = 0;
+      }
+    }
+    run_linear(conv.excite, second, n);
+    for (int64_t i = 0; i < n; ++i) {
+      Scale work{};
+      for (int64_t j = 0; j < conv.excite.outputs; ++j) {
+        second.out[i][j] = 1 / (1 + std::exp(-second.out[i][j]));
+      }
+      work.in = view(*in[i], 0);
+      work.out = view(*out[i], 0);
+      work.factors = second.out[i];
+      work.width = in[i]->width;
+      work.vectors = conv.vectors;
+      work.adds = is_last;
+      work.row_sums = is_last ? workspace_.samples[samples[i]].row_sums : nullptr;
+      share(in[i]->height,
+            [work, run = plan_.ops.scale](int64_t begin, int64_t end) { run(work, begin, end); });
+    }
+  }
+
+  void run_linear(const Linear& linear, const Vectors& vectors, int64_t n) const {
+    share(plan_.ops.linear_columns(linear),
+          [&linear, &vectors, n, run = plan_.ops.linear](int64_t begin, int64_t end) {
+            run(linear, vectors.in, vectors.out, n, begin, end);
+          });
   }
 
   void decide(const PackedBlock& block, float threshold, uint8_t* decisions) {
@@ -429,11 +499,6 @@ class Walk {
     const std::vector<PlanConv>& body = block.shape.body;
     const bool identity = block.shape.shortcut == Shortcut::identity;
     const int64_t last = body.size() - 1, height = block.shape.out_height();
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j < last; ++j) {
-        shape(workspace_.middles[i][j % 2], body[j].cout, body[j].out_height, body[j].out_width);
-      }
-    }
     const bool skips[kMostSamples] = {};
     const int64_t strip = block.is_heavy ? height : block.strip * crew_.parts();
     int64_t done[kMostBody] = {}, needed[kMostBody];
@@ -441,19 +506,27 @@ class Walk {
       needed[last] = std::min(done[last] + strip, height);
       for (int64_t j = last; j > 0; --j) {
         const int64_t rows = (needed[j] - 1) * body[j].stride + 1 + body[j].kernel / 2;
-        needed[j - 1] = std::min(rows, body[j - 1].out_height);
+        needed[j - 1] = block.squeezes ? body[j - 1].out_height : std::min(rows, body[j - 1].out_height);
       }
       for (int64_t j = 0; j <= last; ++j) {
-        if (j == last && !identity && !block.is_heavy) {
+        if (j == last && !identity && !block.is_heavy && !pooled(block)) {
           run_shortcut(block, samples, n, done[j], needed[j], skips);
         }
-        run_conv(block.body[j], n, done[j], needed[j], j == last, [&](int64_t i) {
+        const bool squeezes = body[j].squeeze.width > 0, adds = j == last && !squeezes;
+        MapBuffer *outs[kMostSamples], *results[kMostSamples];
+        for (int64_t i = 0; i < n; ++i) {
+          Workspace::Sample& sample = workspace_.samples[samples[i]];
+          MapBuffer& middle = workspace_.middles[i][j % 2];
+          results[i] = j < last ? &middle : identity ? &sample.state : &sample.spare;
+          outs[i] = adds ? results[i] : &middle;
+          if (!adds) shape(middle, body[j].cout, body[j].out_height, body[j].out_width);
+        }
+        run_conv(block.body[j], n, done[j], needed[j], adds, [&](int64_t i) {
           const Workspace::Sample& sample = workspace_.samples[samples[i]];
-          Workspace::Middle& middle = workspace_.middles[i];
-          const MapBuffer& in = j == 0 ? sample.state : middle[(j - 1) % 2];
-          const MapBuffer& out = j < last ? middle[j % 2] : identity ? sample.state : sample.spare;
-          return Maps{in, out, true, j == last ? sample.row_sums : nullptr};
+          const MapBuffer& in = j == 0 ? sample.state : workspace_.middles[i][(j - 1) % 2];
+          return Maps{in, *outs[i], j < last || adds, adds || squeezes ? sample.row_sums : nullptr};
         });
+        if (squeezes) squeeze_and_excite(block.body[j], samples, n, j == last, outs, results);
         done[j] = needed[j];
       }
     }

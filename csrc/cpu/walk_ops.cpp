@@ -1,6 +1,8 @@
 // Compiled once per level (see level.h).
 #include "walk_ops.h"
 
+#include <algorithm>
+
 #include "vec.h"
 
 namespace spnet::cpu::SPNET_LEVEL {
@@ -37,6 +39,50 @@ void pad_row(const PadShortcut& pad, int64_t y) {
 void pad_shortcut(const PadShortcut& pad, int64_t row_begin, int64_t row_end) {
   const bool aligned = pad.pad_before % 4 == 0 && pad.cin % 4 == 0;
   for (int64_t y = row_begin; y < row_end; ++y) aligned ? pad_row<4>(pad, y) : pad_row<1>(pad, y);
+}
+
+void means(const Means& means, int64_t row_begin, int64_t row_end) {
+  const int64_t lanes = means.in.lanes, stride = means.stride;
+  for (int64_t y = row_begin; y < row_end; ++y) {
+    const int64_t rows = std::min(stride, means.in_height - y * stride);
+    for (int64_t v = 0; v < means.vectors; ++v) {
+      const int64_t plane = v * kLanes / lanes, lane = v * kLanes % lanes;
+      const Element* from = static_cast<const Element*>(means.in.data) + plane * means.in.plane +
+                            y * stride * means.in.row + lane;
+      Element* to =
+          static_cast<Element*>(means.out.data) + plane * means.out.plane + y * means.out.row + lane;
+      for (int64_t x = 0; x < means.width; ++x, from += stride * lanes, to += lanes) {
+        const int64_t columns = std::min(stride, means.in_width - x * stride);
+        Vec sum{};
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns; ++j) sum += load_elements(from + i * means.in.row + j * lanes);
+        }
+        store_elements(to, sum / static_cast<float>(rows * columns));
+      }
+    }
+  }
+}
+
+void scale(const Scale& scale, int64_t row_begin, int64_t row_end) {
+  const int64_t lanes = scale.in.lanes;
+  for (int64_t y = row_begin; y < row_end; ++y) {
+    for (int64_t v = 0; v < scale.vectors; ++v) {
+      const int64_t plane = v * kLanes / lanes, lane = v * kLanes % lanes;
+      const Element* from =
+          static_cast<const Element*>(scale.in.data) + plane * scale.in.plane + y * scale.in.row + lane;
+      Element* to =
+          static_cast<Element*>(scale.out.data) + plane * scale.out.plane + y * scale.out.row + lane;
+      const Vec factors = load(scale.factors + v * kLanes);
+      Vec sum{};
+      for (int64_t x = 0; x < scale.width; ++x, from += lanes, to += lanes) {
+        Vec value = factors * load_elements(from);
+        if (scale.adds) value = relu(value + load_elements(to));
+        store_elements(to, value);
+        sum += value;
+      }
+      if (scale.row_sums != nullptr) store(scale.row_sums + (y * scale.vectors + v) * kLanes, sum);
+    }
+  }
 }
 
 // Keeps NaN.
@@ -134,6 +180,6 @@ float margin(const float* hidden, const float* w, float bias, int64_t width) {
 
 }  // namespace
 
-const WalkOps walk_ops = {max_pool, pad_shortcut, pool, linear, linear_columns, margin};
+const WalkOps walk_ops = {max_pool, pad_shortcut, means, scale, pool, linear, linear_columns, margin};
 
 }  // namespace spnet::cpu::SPNET_LEVEL

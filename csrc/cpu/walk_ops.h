@@ -1,4 +1,5 @@
-// What a walk computes beside its convolutions: shortcuts without weights, pooling, routers, the head.
+// What a walk computes beside its convolutions: shortcuts without weights, pooling, routers, the head,
+// squeeze-and-excitation.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,22 @@ struct MaxPool {
   float* row_sums;  // as in Conv
 };
 
+// Every pixel the mean of a square of stride x stride, of those pixels that there are.
+struct Means {
+  MapView in, out;  // data: pixel (0, 0)
+  int64_t stride, in_height, in_width;
+  int64_t width, vectors;  // of the output
+};
+
+// Every channel times its number; `adds`: to what out holds, with ReLU.
+struct Scale {
+  MapView in, out;       // data: pixel (0, 0)
+  const float* factors;  // [vectors * lanes]
+  int64_t width, vectors;
+  bool adds;
+  float* row_sums;  // as in Conv
+};
+
 // out = W in + b; the weight is stored as [vectors of outputs][inputs][lanes].
 struct Linear {
   const float* weight;
@@ -36,6 +53,10 @@ struct WalkOps {
   void (*max_pool)(const MaxPool& pool, int64_t row_begin, int64_t row_end);
 
   void (*pad_shortcut)(const PadShortcut& pad, int64_t row_begin, int64_t row_end);
+
+  void (*means)(const Means& means, int64_t row_begin, int64_t row_end);
+
+  void (*scale)(const Scale& scale, int64_t row_begin, int64_t row_end);
 
   // pooled [vectors * lanes] = the sum of row_sums over its rows, from top to bottom, divided by `pixels`.
   void (*pool)(const float* row_sums, int64_t height, int64_t vectors, int64_t pixels, float* pooled);

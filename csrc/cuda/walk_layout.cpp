@@ -57,12 +57,12 @@ class Builder {
     network.n_blocks = plan_.blocks.size();
     const Arena::Range input = place_map(plan_.in_channels, plan_.in_height, plan_.in_width);
     const Map in = map(input, plan_.in_channels, plan_.in_height, plan_.in_width);
-    Arena::Range state = place_map(plan_.stem.cout, plan_.in_height, plan_.in_width);
-    Map state_map = map(state, plan_.stem.cout, plan_.in_height, plan_.in_width);
+    Arena::Range state = place_map(plan_.channels, plan_.in_height, plan_.in_width);
+    Map state_map = map(state, plan_.channels, plan_.in_height, plan_.in_width);
     Block stem{};
-    stem.second = layer(in, plan_.stem, 1, state_map, "stem");
+    stem.second = layer(in, plan_.stem[0], 1, state_map, "stem");
     stem.second.pool_scale = 1.f / (plan_.in_height * plan_.in_width);
-    stem.second.bias[0] = add_bias(plan_.stem, nullptr);
+    stem.second.bias[0] = add_bias(plan_.stem[0], nullptr);
     stem.ring = place_ring(stem.first, stem.second);
     check("stem");
     layout_.blocks.push_back(stem);
@@ -161,7 +161,7 @@ class Builder {
       channels = std::max(channels, padded);
       partial_sums = std::max(partial_sums, padded * strips(height, width, rows));
     };
-    grow(plan_.stem.cout, plan_.in_height, plan_.in_width);
+    grow(plan_.channels, plan_.in_height, plan_.in_width);
     for (const PlanBlock& block : plan_.blocks) grow(block.cout(), block.out_height(), block.out_width());
     int64_t used = 0;
     const auto take = [&](int64_t bytes) {

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spnet.execution.device import computed_in
-from spnet.execution.table import IDENTITY, PROJECTION, Block, Convolution, Network
+from spnet.execution.table import IDENTITY, PAD, POOLED, Block, Convolution, Network
 
 
 class _Convolution:
@@ -80,6 +80,24 @@ def _has_fused(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+class _Squeezing:
+    """A convolution and the squeeze-and-excitation behind it: Hu et al., CVPR 2018."""
+
+    def __init__(self, convolution: _Convolution, *weights: Tensor):
+        self._convolution, self._weights = convolution, weights
+
+    def __call__(self, x: Tensor, relu: bool) -> Tensor:
+        y = self._convolution(x, relu)
+        return y.mul_(self._scale(y))
+
+    def add_to_(self, y: Tensor, x: Tensor) -> None:
+        body = self._convolution(x, False)
+        y.addcmul_(body, self._scale(body)).relu_()
+
+    def _scale(self, y: Tensor) -> Tensor:
+        return _perceive(_pool(y), *self._weights).sigmoid_().to(y.dtype)[:, :, None, None]
+
+
 class _Layers:
     """The weights of a network, ready to run."""
 
@@ -90,14 +108,15 @@ class _Layers:
         def take() -> Tensor:
             return next(parts).view(next(shapes))
 
-        def convolution(shape: Convolution) -> _Convolution:
-            return make(shape, take().to(dtype), take().to(dtype))
+        def convolution(shape: Convolution) -> _Convolution | _Squeezing:
+            made = make(shape, take().to(dtype), take().to(dtype))
+            return _Squeezing(made, *(take() for _ in range(4))) if shape.squeeze else made
 
-        self.stem = convolution(network.stem)
+        self.stem = [convolution(shape) for shape in network.stem]
         self.blocks = []
         for block in network.blocks:
             body = [convolution(shape) for shape in block.body]
-            projection = convolution(block.projection) if block.shortcut == PROJECTION else None
+            projection = convolution(block.projection) if block.projection else None
             self.blocks.append((block, body, projection, [take() for _ in range(4)]))
         self.head = take(), take()
 
@@ -153,13 +172,15 @@ class Batch:
             if paths is None:
                 if pooled is None:
                     pooled = _pool(state)
-                decisions[:, column] = _margin(pooled, *router) > threshold
+                decisions[:, column] = _perceive(pooled, *router)[:, 0] > threshold
             executes = decisions[:, column]
             state, pooled = _execute(block, body, projection, state, pooled, executes, dense[column])
         return F.linear(_pool(state), *layers.head), decisions
 
     def _stem(self, layers: _Layers, x: Tensor) -> Tensor:
-        state = layers.stem(x.to(self._dtype).contiguous(memory_format=torch.channels_last), True)
+        state = x.to(self._dtype).contiguous(memory_format=torch.channels_last)
+        for convolution in layers.stem:
+            state = convolution(state, True)
         return F.max_pool2d(state, *self._network.pool) if self._network.pool[0] else state
 
     @torch.no_grad()
@@ -206,11 +227,13 @@ def _execute_dense(block: Block, body: list, projection, x: Tensor, executes: Te
 
 
 def _shortcut(block: Block, projection, x: Tensor) -> Tensor:
-    if block.shortcut == PROJECTION:
-        return projection(x, False)
-    behind = block.body[-1].cout - block.body[0].cin - block.pad_before
-    y = x[:, :, :: block.stride, :: block.stride]
-    return F.pad(y, (0, 0, 0, 0, block.pad_before, behind)).contiguous(memory_format=torch.channels_last)
+    if block.shortcut == PAD:
+        behind = block.body[-1].cout - block.body[0].cin - block.pad_before
+        y = x[:, :, :: block.stride, :: block.stride]
+        return F.pad(y, (0, 0, 0, 0, block.pad_before, behind)).contiguous(memory_format=torch.channels_last)
+    if block.shortcut == POOLED:
+        x = F.avg_pool2d(x, block.stride, ceil_mode=True)
+    return projection(x, False)
 
 
 def _execute_strided(block: Block, body: list, projection, x: Tensor, executed: list, skipped: list) -> Tensor:
@@ -222,7 +245,7 @@ def _execute_strided(block: Block, body: list, projection, x: Tensor, executed: 
     return y
 
 
-def _add_body_(body: list[_Convolution], y: Tensor, x: Tensor) -> None:
+def _add_body_(body: list[_Convolution | _Squeezing], y: Tensor, x: Tensor) -> None:
     """y = ReLU(y + body(x)) in place; y may be x."""
     *first, last = body
     for convolution in first:
@@ -246,6 +269,6 @@ def _pool(x: Tensor) -> Tensor:
     return x.mean((2, 3), dtype=torch.float32)
 
 
-def _margin(pooled: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    """z_execute - z_skip [B] of the pooled vectors [B, C]."""
-    return F.linear(F.relu(F.linear(pooled, weight1, bias1)), weight2, bias2)[:, 0]
+def _perceive(pooled: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """Of the pooled vectors [B, C], by two layers: a router's margin [B, 1], or the logits of scales [B, C]."""
+    return F.linear(F.relu(F.linear(pooled, weight1, bias1)), weight2, bias2)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spnet.execution.device import on
-from spnet.execution.table import IDENTITY, PAD, PROJECTION, Block, Convolution, Network
+from spnet.execution.table import IDENTITY, PAD, POOLED, Block, Convolution, Network
 from spnet.kernels import (
     RouterWeights,
     compact_,
@@ -83,17 +83,21 @@ def _nhwc(x: Tensor) -> Tensor:
 
 def _fits(conv: Convolution) -> bool:
     """Whether ``conv_`` computes it."""
-    return conv.kernel in (1, 3) and conv.stride in (1, 2) and conv.padding == conv.kernel // 2 and conv.groups == 1
+    if conv.squeeze or conv.groups != 1:
+        return False
+    return conv.kernel in (1, 3) and conv.stride in (1, 2) and conv.padding == conv.kernel // 2
 
 
 def _check(network: Network) -> None:
+    if any(conv.squeeze for conv in network.stem):
+        raise ValueError("stem: expected no squeeze-and-excitation, which its kernels do not compute")
     for i, block in enumerate(network.blocks):
-        for name, convs in (("body", block.body), ("shortcut", [block.projection] * (block.shortcut == PROJECTION))):
+        for name, convs in (("body", block.body), ("shortcut", [block.projection] if block.projection else [])):
             for conv in convs:
                 if not _fits(conv):
                     raise ValueError(
                         f"block {i}: {name}: expected 1x1 and 3x3 convolutions of stride 1 or 2, padding (k - 1) / 2 "
-                        f"and 1 group, all that its kernels compute, got {conv}"
+                        f"and 1 group, without squeeze-and-excitation, all that its kernels compute, got {conv}"
                     )
 
 
@@ -113,7 +117,7 @@ class _Layers:
             return _Conv(shape, pack_weight(take().to(dtype)), take())
 
         self.network, self.dtype, self.device = network, dtype, weights.device
-        stem = network.stem
+        stem, *more = network.stem
         self._pads = (
             stem.cin <= 4 and stem.kernel % 2 == 1 and stem.stride in (1, 2) and stem.padding == stem.kernel // 2
         )
@@ -121,10 +125,11 @@ class _Layers:
             self._stem = _Conv(stem, pack_stem_weight(take().to(dtype)), take())
         else:
             self._stem = convolution(stem)
+        self._deeper = [convolution(shape) for shape in more]
         self.blocks = []
         for block in network.blocks:
             body = tuple(convolution(shape) for shape in block.body)
-            projection = convolution(block.projection) if block.shortcut == PROJECTION else None
+            projection = convolution(block.projection) if block.projection else None
             w1, b1, w2, b2 = (take() for _ in range(4))
             self.blocks.append(_Block(block, body, projection, RouterWeights(w1, b1, w2.flatten(), b2)))
         self._head = take()[:, None, None, :], take()
@@ -133,7 +138,7 @@ class _Layers:
         """What the stem reads, and the view [B, C, H, W] of it into which the pixels are to be copied."""
         shape = batch, *self.network[:3]
         if self._pads:
-            stem = self.network.stem
+            stem = self.network.stem[0]
             padded = torch.zeros(padded_shape(shape, stem.kernel, stem.stride), dtype=self.dtype, device=self.device)
             return padded, interior(padded, shape, stem.kernel)
         _, channels, h, w = shape
@@ -148,6 +153,8 @@ class _Layers:
             stem_conv_(state, image, conv.weight, conv.bias, stride=conv.shape.stride, tf32=tf32)
         else:
             state = self._stem.dense(image).relu_()
+        for conv in self._deeper:
+            state = conv.dense(state).relu_()
         if self.network.pool[0]:
             state = _nhwc(F.max_pool2d(_nchw(state), *self.network.pool))
         return state
@@ -228,8 +235,11 @@ def _shortcut(block: _Block, state: Tensor, executes: Tensor, tf32: bool) -> Ten
         before, cin, cout = shape.pad_before, state.shape[3], shape.body[-1].cout
         # Already >= 0, so it needs no ReLU.
         return F.pad(state[:, ::stride, ::stride], (before, cout - cin - before))
-    y = block.projection.out(state)
-    conv_(y, state, block.projection.weight, block.projection.bias, stride=stride, skip_relu=executes, tf32=tf32)
+    if shape.shortcut == POOLED:
+        state = _nhwc(F.avg_pool2d(_nchw(state), stride, ceil_mode=True))
+    conv = block.projection
+    y = conv.out(state)
+    conv_(y, state, conv.weight, conv.bias, stride=conv.shape.stride, skip_relu=executes, tf32=tf32)
     return y
 
 
@@ -296,7 +306,8 @@ class Graph:
             self._layers = _Layers(network, weights, dtype)
         self.dense = (False,) * len(network.blocks)
         self._device = on(weights.device)
-        side = network.height + network.stem.kernel, network.width + network.stem.kernel + 1
+        kernel = network.stem[0].kernel
+        side = network.height + kernel, network.width + kernel + 1
         self._largest = max(1, min(LARGEST, _PIXELS // math.prod(side)))
         self._graphs: OrderedDict[tuple, _Captured] = OrderedDict()
         self._lock = Lock()

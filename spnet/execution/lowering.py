@@ -7,8 +7,10 @@ not matter who wrote it: torchvision's and timm's are lowered as spnet's own, wh
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from spnet.analysis.macs import count_macs
 from spnet.execution.device import check_device
 from spnet.execution.plan import LoweringError, Plan
-from spnet.execution.table import IDENTITY, PAD, PROJECTION, Block, Convolution, Network, read_table
+from spnet.execution.table import IDENTITY, PAD, POOLED, PROJECTION, Block, Convolution, Network, read_table
 from spnet.models.resnet import PadShortcut, SPNet
 from spnet.routing import (
     RoutedBlock,
@@ -40,15 +42,16 @@ from spnet.routing import (
 def lower(model: nn.Module, input_shape: tuple[int, int, int] | None = None) -> Plan:
     """Lower a routed network in evaluation mode: BatchNorm folded, two router logits folded into one margin.
 
-    Covers every network that computes: a stem of one convolution with ReLU, with or without max-pooling;
+    Covers every network that computes: a stem of convolutions with ReLU, with or without max-pooling;
     :class:`spnet.RoutedBlock` after RoutedBlock; the average over all pixels; one linear layer. Those are the networks
-    of :func:`spnet.create_model`, and after :func:`spnet.convert` the plain ResNets of torchvision and timm, ResNeXt
-    and RegNetX. Bodies are convolutions with ReLU between them, shortcuts the identity, option A or a projection,
-    activations ReLU, with or without BatchNorm behind a convolution; any depth, widths, groups and classes; float32,
-    bfloat16 and float16 on the CPU. On CUDA, where nothing has been measured yet, with
-    ``SPNET_EXPERIMENTAL_CUDA_BATCH=1`` in the environment: bodies of 1x1 and 3x3 convolutions of one group; compute
-    capability 8.0 or higher; with ``SPNET_EXPERIMENTAL_CUDA_WALK=1``: float16 and bfloat16 networks whose maps fit
-    shared memory. The plan runs on the model's device.
+    of :func:`spnet.create_model`, and after :func:`spnet.convert` the ResNets of torchvision and timm, plain, with deep
+    stems, averaging shortcuts or squeeze-and-excitation, ResNeXt and RegNet. Bodies are convolutions with ReLU between
+    them, shortcuts the identity, option A or a projection, of averages of pixels where it has a stride, activations
+    ReLU; with or without BatchNorm and squeeze-and-excitation behind a convolution; any depth, widths, groups and
+    classes; float32, bfloat16 and float16 on the CPU. On CUDA, where nothing has been measured yet, with
+    ``SPNET_EXPERIMENTAL_CUDA_BATCH=1`` in the environment: bodies of 1x1 and 3x3 convolutions of one group without
+    squeeze-and-excitation; compute capability 8.0 or higher; with ``SPNET_EXPERIMENTAL_CUDA_WALK=1``: float16 and
+    bfloat16 networks whose maps fit shared memory. The plan runs on the model's device.
 
     Args:
         model: the network; its forward is run on zeros.
@@ -124,6 +127,8 @@ def _average_by_kernel(
     input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
 ): ...
 def _linear(input, weight, bias=None): ...
+def _sigmoid(input): ...
+def _scale(input, other): ...
 def _same(input, *sizes, training=False, **options): ...
 
 
@@ -136,8 +141,10 @@ _SPELLINGS: dict[Callable, list[Callable]] = {
     _average_by_size: [F.adaptive_avg_pool2d],
     _average_by_kernel: [F.avg_pool2d],
     _linear: [F.linear],
-    _same: [torch.flatten, torch.reshape, torch.squeeze, F.dropout]
-    + [Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.squeeze, Tensor.contiguous, Tensor.to],
+    _sigmoid: [F.sigmoid, torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_],
+    _scale: [torch.mul, Tensor.mul, Tensor.mul_],
+    _same: [torch.flatten, torch.reshape, torch.squeeze, F.dropout, Tensor.flatten, Tensor.reshape, Tensor.view]
+    + [Tensor.squeeze, Tensor.contiguous, Tensor.to, Tensor.expand, Tensor.expand_as],
 }
 _CALLS = {f: (meant.__name__[1:], inspect.signature(meant)) for meant, all_ in _SPELLINGS.items() for f in all_}
 # What may be asked of a tensor: nothing that depends on its numbers.
@@ -154,6 +161,7 @@ class _Notes(TorchFunctionMode, Run):
         super().__init__()
         self.steps: list[Step] = []
         self._take(x)
+        self._averaged: tuple[Tensor, int] | None = None  # the last map that was, and its version
         self._own = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._dtype, self._place, self._blocks, self._pauses = x.dtype, "the stem", 0, False
 
@@ -168,6 +176,8 @@ class _Notes(TorchFunctionMode, Run):
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         of, before = bound.arguments, bound.arguments.pop("input")
+        if kind == "scale":
+            before = self._last_of(name, before, of.pop("other"))
         if not self.is_last(before):
             raise LoweringError(f"{self._place} is no line of layers: {name} takes another tensor than the last one")
         if any(isinstance(t, Tensor) and id(t) not in self._own for t in of.values()):
@@ -179,10 +189,24 @@ class _Notes(TorchFunctionMode, Run):
             if of["training"] or not _is_same(before, after):
                 raise LoweringError(f"{self._place} calls {name}, which does more than flatten a pooled vector")
             return after
-        if kind.startswith("average") and not _is_global(of, before, after):
-            raise LoweringError(f"{self._place} calls {name}, but not over all pixels of each channel")
-        self.steps.append(Step(kind.partition("_by_")[0], of))
+        if kind.startswith("average"):
+            if self._place.startswith("the shortcut") and _is_of_squares(of):
+                kind = "means"
+            elif _is_global(of, before, after):
+                kind, self._averaged = "average", (before, before._version)
+            else:
+                raise LoweringError(f"{self._place} calls {name}, but not over all pixels of each channel")
+        self.steps.append(Step(kind, of))
         return after
+
+    def _last_of(self, name: str, a: Any, b: Any) -> Tensor:
+        """Of the factors of squeeze-and-excitation, a map and a number for each of its channels, the numbers."""
+        for scaled, scale in ((a, b), (b, a)):
+            if self.is_last(scale) and self._averaged is not None and scaled is self._averaged[0]:
+                fits = scale.dim() == 4 and scale.shape[:2] == scaled.shape[:2] and _is_pooled(scale)
+                if fits and scaled._version == self._averaged[1]:
+                    return scale
+        raise LoweringError(f"{self._place} calls {name}, but not to scale a map by what its averages say")
 
     def _take(self, x: Tensor) -> Tensor:
         self._last, self._version = x, x._version
@@ -219,8 +243,26 @@ def _is_same(before: Tensor, after: Tensor) -> bool:
     """Whether nothing changed but, of pooled vectors, the dtype and the axes of one pixel."""
     if after.shape == before.shape and after.dtype == before.dtype:
         return after.device == before.device
-    pooled = before.shape[2:].numel() == 1 and after.shape[2:].numel() == 1
-    return pooled and after.shape[:2] == before.shape[:2] and after.device == before.device
+    return (
+        _is_pooled(before)
+        and _is_pooled(after)
+        and after.shape[:2] == before.shape[:2]
+        and after.device == before.device
+    )
+
+
+def _is_pooled(x: Tensor) -> bool:
+    """Whether there is one number for each channel, for all pixels where there are several."""
+    return x.shape[2:].numel() == 1 or (x.dim() == 4 and x.stride()[2:] == (0, 0))
+
+
+def _is_of_squares(of: dict[str, Any]) -> bool:
+    """Whether pixels are averaged in squares side by side. A plan cuts those at the edge off, or its sizes differ."""
+    side = _side(of.get("kernel_size"))
+    stride = side if of["stride"] is None else _side(of["stride"])
+    return (
+        None not in (side, stride) and stride == side and _side(of["padding"]) == 0 and of["divisor_override"] is None
+    )
 
 
 def _is_global(of: dict[str, Any], before: Tensor, after: Tensor) -> bool:
@@ -302,18 +344,16 @@ def assemble(model: nn.Module, shape: tuple[int, int, int], steps: list[Step]) -
     stem, pool = steps[:begin], (0, 0, 0)
     if stem and stem[-1].kind == "max_pool":
         pool = _pool(stem.pop().of)
-    if [step.kind for step in stem if step.kind != "batchnorm"] != ["convolution", "relu"]:
-        raise LoweringError("the stem is not a convolution with BatchNorm, ReLU and at most a max-pooling")
     if kinds[begin:] != ["block"] * (end - begin) + ["average", "linear"] or steps[-1].of["bias"] is None:
         raise LoweringError("what follows is not blocks, the average over all pixels and a linear layer with a bias")
-    [first], weights = _lower_chain("the stem", stem[:-1])
+    first, weights = _lower_chain("the stem", stem, ends_with_relu=True)
     rows = []
     for number, step in enumerate(steps[begin:end]):
         row, folded = _lower_block(number, **step.of)
         rows.append(row)
         weights += folded
     head = steps[-1].of
-    network = Network(*shape, len(head["weight"]), pool, first, tuple(rows))
+    network = Network(*shape, len(head["weight"]), pool, tuple(first), tuple(rows))
     flat = torch.cat([w.detach().float().flatten() for w in (*weights, head["weight"], head["bias"])])
     table = network.table()
     try:
@@ -335,10 +375,12 @@ def _lower_block(
     if type(block.shortcut) is PadShortcut:
         kind, stride, front = PAD, block.shortcut.stride, block.shortcut.pad[0]
     elif shortcut:
-        [projection, *more], folded = _lower_chain(f"the shortcut of {name}", shortcut)
-        kind, stride = PROJECTION, projection.stride
-        if more or projection != Convolution(convolutions[0].cin, convolutions[-1].cout, 1, stride):
-            raise LoweringError(f"the shortcut of {name} is not a 1x1 convolution")
+        kind = POOLED if shortcut[0].kind == "means" else PROJECTION
+        [projection, *more], folded = _lower_chain(f"the shortcut of {name}", shortcut[kind == POOLED :])
+        stride = _side(shortcut[0].of["kernel_size"]) if kind == POOLED else projection.stride
+        row = Block(tuple(convolutions), kind, stride, 0, 0)
+        if more or projection != row.projection:
+            raise LoweringError(f"the shortcut of {name} is not a 1x1 convolution, of averages where it has a stride")
         weights += folded
     parts = type(router.fc1), type(router.bn), type(router.dropout), type(router.fc2)
     if parts != (nn.Linear, _BatchNorm1d, nn.Dropout, nn.Linear) or router.fc2.out_features != 2:
@@ -368,26 +410,40 @@ def _side(size: int | tuple[int, int]) -> int | None:
     return sides.pop() if len(sides) == 1 and all(isinstance(n, int) for n in sides) else None
 
 
-def _lower_chain(name: str, steps: list[Step]) -> tuple[list[Convolution], list[Tensor]]:
-    """The shapes and folded weights of Conv-BN-ReLU-...-Conv-BN; a BatchNorm may be missing."""
-    layers: list[list[Step]] = [[]]
-    for step in steps:
-        if step.kind == "relu":
-            layers.append([])
-        else:
-            layers[-1].append(step)
+_LINEAR = "(?:convolution|linear) "
+_LAYER = re.compile(f"(convolution (?:batchnorm )?)(relu )?(average {_LINEAR}relu {_LINEAR}sigmoid scale )?")
+
+
+def _lower_chain(name: str, steps: list[Step], ends_with_relu: bool = False) -> tuple[list[Convolution], list[Tensor]]:
+    """The shapes and folded weights of Conv-BN-ReLU-...-Conv-BN.
+
+    A BatchNorm may be missing, and squeeze-and-excitation come after the BatchNorm, or the ReLU where there is one.
+    """
+    kinds = "".join(f"{step.kind} " for step in steps)
+    layers = list(_LAYER.finditer(kinds))
+    relus = [True] * (len(layers) - 1) + [ends_with_relu]
+    if "".join(layer[0] for layer in layers) != kinds or [bool(layer[2]) for layer in layers] != relus:
+        raise LoweringError(f"{name} is not a chain of convolutions with BatchNorm, ReLU and squeeze-and-excitation")
+    rest = iter(steps)
     shapes, weights = [], []
     for layer in layers:
-        if [step.kind for step in layer] not in (["convolution"], ["convolution", "batchnorm"]):
-            raise LoweringError(f"{name} is not a chain of convolutions with BatchNorm and ReLU")
-        shape, folded = _fold(name, *layer)
-        shapes.append(shape)
+        own, _, squeeze = (list(islice(rest, (part or "").count(" "))) for part in layer.groups())
+        shape, folded = _fold(name, *own)
         weights += folded
+        if squeeze:
+            (first, of_first), (second, of_second) = _fold(name, squeeze[1]), _fold(name, squeeze[3])
+            if first != Convolution(shape.cout, first.cout, 1) or second != Convolution(first.cout, shape.cout, 1):
+                raise LoweringError(f"{name} has a squeeze-and-excitation that is not of two linear layers")
+            shape = shape._replace(squeeze=first.cout)
+            weights += of_first + of_second
+        shapes.append(shape)
     return shapes, weights
 
 
-def _fold(name: str, conv: Step, bn: Step | None = None) -> tuple[Convolution, list[Tensor]]:
-    of, weight = conv.of, conv.of["weight"]
+def _fold(name: str, layer: Step, bn: Step | None = None) -> tuple[Convolution, list[Tensor]]:
+    of, weight = layer.of, layer.of["weight"]
+    if layer.kind == "linear":
+        of, weight = of | {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}, weight[:, :, None, None]
     kernel, stride, padding = _side(weight.shape[2:]), _side(of["stride"]), _side(of["padding"])
     if None in (kernel, stride, padding) or _side(of["dilation"]) != 1:
         raise LoweringError(f"{name} has a convolution that is not square, undilated and zero-padded")

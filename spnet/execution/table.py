@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-FORMAT_VERSION = 2
-IDENTITY, PAD, PROJECTION = range(3)
+FORMAT_VERSION = 3
+IDENTITY, PAD, PROJECTION, POOLED = range(4)
 
 
 class Convolution(NamedTuple):
-    """A square convolution with a bias, undilated, zero-padded."""
+    """A square convolution with a bias, undilated, zero-padded; then, where it has one, squeeze-and-excitation."""
 
     cin: int
     cout: int
@@ -21,20 +22,24 @@ class Convolution(NamedTuple):
     stride: int = 1
     padding: int = 0
     groups: int = 1
+    squeeze: int = 0  # neurons of the hidden layer of its squeeze-and-excitation; 0: none
 
 
 class Block(NamedTuple):
     """A body of convolutions with ReLU between them, its shortcut and its router."""
 
     body: tuple[Convolution, ...]
-    shortcut: int  # IDENTITY, PAD or PROJECTION
+    shortcut: int  # IDENTITY, PAD, PROJECTION, or POOLED: means of stride x stride pixels, then a projection
     stride: int  # of the shortcut
     pad_before: int
     router_width: int
 
     @property
-    def projection(self) -> Convolution:
-        return Convolution(self.body[0].cin, self.body[-1].cout, 1, self.stride)
+    def projection(self) -> Convolution | None:
+        """The convolution of its shortcut."""
+        if self.shortcut not in (PROJECTION, POOLED):
+            return None
+        return Convolution(self.body[0].cin, self.body[-1].cout, 1, self.stride if self.shortcut == PROJECTION else 1)
 
 
 class Network(NamedTuple):
@@ -45,25 +50,32 @@ class Network(NamedTuple):
     width: int
     num_classes: int
     pool: tuple[int, int, int]  # kernel, stride and padding of the max-pooling behind the stem; zeros without
-    stem: Convolution
+    stem: tuple[Convolution, ...]  # with a ReLU behind each
     blocks: tuple[Block, ...]
 
     def table(self) -> Tensor:
         """int64 [n], as ``csrc/plan.h`` describes them."""
-        ints = [FORMAT_VERSION, *self[:4], len(self.blocks), *self.pool, *self.stem]
+        ints = [
+            FORMAT_VERSION,
+            *self[:4],
+            len(self.blocks),
+            *self.pool,
+            len(self.stem),
+            *chain.from_iterable(self.stem),
+        ]
         for block in self.blocks:
-            ints += [len(block.body), *block[1:], *(i for conv in block.body for i in conv)]
+            ints += [len(block.body), *block[1:], *chain.from_iterable(block.body)]
         return torch.tensor(ints, dtype=torch.int64, device="cpu")
 
     def shapes(self) -> Iterator[tuple[int, ...]]:
         """Shapes of the weights, in their order."""
-        yield from _conv_shapes(self.stem)
-        channels = self.stem.cout
+        for conv in self.stem:
+            yield from _conv_shapes(conv)
+        channels = self.stem[-1].cout
         for block in self.blocks:
-            for conv in block.body:
-                yield from _conv_shapes(conv)
-            if block.shortcut == PROJECTION:
-                yield from _conv_shapes(block.projection)
+            for conv in (*block.body, block.projection):
+                if conv is not None:
+                    yield from _conv_shapes(conv)
             yield from ((block.router_width, channels), (block.router_width,), (1, block.router_width), (1,))
             channels = block.body[-1].cout
         yield from ((self.num_classes, channels), (self.num_classes,))
@@ -72,9 +84,12 @@ class Network(NamedTuple):
 def _conv_shapes(conv: Convolution) -> Iterator[tuple[int, ...]]:
     yield conv.cout, conv.cin // conv.groups, conv.kernel, conv.kernel
     yield (conv.cout,)
+    if conv.squeeze:
+        yield from ((conv.squeeze, conv.cout), (conv.squeeze,), (conv.cout, conv.squeeze), (conv.cout,))
 
 
 # No smallest or largest size is meant, but that a damaged file neither asks for terabytes nor for negative sizes.
+_LARGEST = 2**16
 _MOST = {"stride": 64, "kernel": 64, "num_classes": 10**6, "n_blocks": 10**5}
 
 
@@ -85,7 +100,7 @@ def _require(name: str, value: int, low: int, high: int) -> int:
 
 
 def _size(name: str, value: int) -> int:
-    return _require(name, value, 1, _MOST.get(name.split()[-1], 2**16))
+    return _require(name, value, 1, _MOST.get(name.split()[-1], _LARGEST))
 
 
 class _Rows:
@@ -101,32 +116,38 @@ class _Rows:
         return self._ints[self.used - n : self.used]
 
     def convolution(self, name: str, channels: int) -> Convolution:
-        conv = Convolution(*self.take(6))
+        conv = Convolution(*self.take(7))
         for field, value in zip(conv._fields, conv, strict=True):
-            if field != "padding":
+            if field not in ("padding", "squeeze"):
                 _size(f"{name} {field}", value)
         _require(f"{name} cin", conv.cin, channels, channels)
         _require(f"{name} padding", conv.padding, 0, conv.kernel - 1)
+        _require(f"{name} squeeze", conv.squeeze, 0, _LARGEST)
         for channels in (conv.cin, conv.cout):
             _require(f"{name} channels beyond whole groups", channels % conv.groups, 0, 0)
         return conv
 
+    def convolutions(self, name: str, n: int, channels: int) -> tuple[Convolution, ...]:
+        found = []
+        for i in range(_require(f"{name} n_convolutions", n, 1, 64)):
+            found.append(self.convolution(f"{name} convolution {i}", channels))
+            channels = found[-1].cout
+        return tuple(found)
+
     def block(self, name: str, channels: int) -> Block:
         n, shortcut, stride, pad_before, router_width = self.take(5)
-        _require(f"{name} shortcut", shortcut, IDENTITY, PROJECTION)
+        _require(f"{name} shortcut", shortcut, IDENTITY, POOLED)
         _size(f"{name} stride", stride)
         _size(f"{name} router_width", router_width)
-        body, cin = [], channels
-        for i in range(_require(f"{name} n_convolutions", n, 1, 64)):
-            body.append(self.convolution(f"{name} convolution {i}", cin))
-            cin = body[-1].cout
+        body = self.convolutions(name, n, channels)
+        cin = body[-1].cout
         if shortcut == IDENTITY:
             _require(f"{name} cout, as its shortcut is the identity", cin, channels, channels)
             _require(f"{name} stride of the identity", stride, 1, 1)
         if shortcut == PAD:
-            _require(f"{name} cout, as its shortcut pads", cin, channels, _MOST.get("", 2**16))
+            _require(f"{name} cout, as its shortcut pads", cin, channels, _LARGEST)
         _require(f"{name} pad_before", pad_before, 0, cin - channels if shortcut == PAD else 0)
-        return Block(tuple(body), shortcut, stride, pad_before, router_width)
+        return Block(body, shortcut, stride, pad_before, router_width)
 
 
 def read_table(table: Tensor) -> Network:
@@ -136,7 +157,7 @@ def read_table(table: Tensor) -> Network:
         ValueError: impossible ones; the message names the field, what was expected and what came.
     """
     rows = _Rows(table.tolist())
-    version, channels, height, width, classes, n_blocks, *pool = rows.take(9)
+    version, channels, height, width, classes, n_blocks, *pool, n_stem = rows.take(10)
     _require("format_version", version, FORMAT_VERSION, FORMAT_VERSION)
     for name, value in (("in_channels", channels), ("height", height), ("width", width), ("num_classes", classes)):
         _size(name, value)
@@ -144,17 +165,15 @@ def read_table(table: Tensor) -> Network:
         _size("pool kernel", pool[0])
         _size("pool stride", pool[1])
         _require("pool padding", pool[2], 0, pool[0] // 2)
-    stem = rows.convolution("stem", channels)
-    size = _out("stem", (height, width), stem.kernel, stem.stride, stem.padding)
+    stem = rows.convolutions("stem:", n_stem, channels)
+    size = _through("stem:", (height, width), stem)
     if pool[0]:
-        size = _out("pool", size, *pool)
-    blocks, cin = [], stem.cout
+        size = _out("pool:", size, *pool)
+    blocks, cin = [], stem[-1].cout
     for i in range(_require("n_blocks", n_blocks, 0, _MOST["n_blocks"])):
         name = f"block {i}:"
         block = rows.block(name, cin)
-        out = size
-        for conv in block.body:
-            out = _out(name, out, conv.kernel, conv.stride, conv.padding)
+        out = _through(name, size, block.body)
         size = _out(name, size, 1, block.stride, 0)
         if out != size:
             raise ValueError(f"plan: {name} expected a body to {list(size)} pixels like the shortcut, got {list(out)}")
@@ -162,6 +181,12 @@ def read_table(table: Tensor) -> Network:
         cin = block.body[-1].cout
     _require("integers", len(table), rows.used, rows.used)
     return Network(channels, height, width, classes, tuple(pool), stem, tuple(blocks))
+
+
+def _through(name: str, size: tuple[int, int], convolutions: Iterable[Convolution]) -> tuple[int, int]:
+    for conv in convolutions:
+        size = _out(name, size, conv.kernel, conv.stride, conv.padding)
+    return size
 
 
 def _out(name: str, size: tuple[int, int], kernel: int, stride: int, padding: int) -> tuple[int, int]:

@@ -51,9 +51,9 @@ def convert(
     line of blocks a :class:`spnet.RoutedSequential`. With every block open ``model(x)`` is bit-equal to the
     original's, and in evaluation mode every block starts open; train the routers with :func:`forward_training`.
 
-    Stochastic depth, squeeze-and-excitation, anti-aliasing and any activation are taken along as parts of the body,
-    the shortcut or the activation. Where they are convolutions with BatchNorm and ReLU only, as in plain ResNets,
-    :func:`spnet.fast_forward` runs the network by a plan (see :func:`spnet.lower`), else by "routed".
+    Stochastic depth, attention, anti-aliasing and any activation are taken along as parts of the body, the shortcut or
+    the activation. Where a network computes what :func:`spnet.lower` covers, ResNets with squeeze-and-excitation for
+    one, :func:`spnet.fast_forward` runs it by a plan, else by "routed".
 
     To keep what has been trained, save the ``state_dict`` and load it into a network that was converted alike; to
     deploy it, save the plan, which needs no class: ``spnet.lower(model, input_shape).save(path)``.

@@ -16,7 +16,7 @@ from torch import nn
 import spnet
 from spnet.execution import batch as batch_module
 from spnet.routing import routed_blocks
-from tests.conftest import assert_as_exact_as_masked, margins, settle
+from tests.conftest import VARIANTS, assert_as_exact_as_masked, margins, settle, vary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = st.sampled_from(DTYPES[1:])
@@ -33,7 +33,7 @@ def _group(model: nn.Module, groups: int) -> None:
 
 @st.composite
 def networks(draw, num_classes=(1, 2, 10)) -> nn.Module:
-    """Networks of both forms with awkward widths, sizes and depths."""
+    """Networks of both forms and their variants with awkward widths, sizes and depths."""
     torch.manual_seed(draw(st.integers(0, 1000)))
     stages = draw(st.integers(1, 3))
     imagenet = draw(st.booleans())
@@ -49,7 +49,7 @@ def networks(draw, num_classes=(1, 2, 10)) -> nn.Module:
         router_width=draw(st.sampled_from([16, 128])),
     )
     _group(model, draw(st.sampled_from([1, 1, 2, 8])))
-    return settle(model)
+    return settle(vary(model, draw(st.sets(st.sampled_from(VARIANTS)))))
 
 
 def _input(model: nn.Module, batch: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from spnet.execution import graph, kept, plan
 from spnet.execution.device import EXPERIMENTAL, OnCpu, check_cuda, check_device, check_open
 from spnet.execution.graph import Graph, bucket
 from spnet.routing import routed_blocks
-from tests.conftest import assert_as_exact_as_masked, margins, settle
+from tests.conftest import SqueezeExcitation, assert_as_exact_as_masked, margins, settle, vary
 
 FORMS = {
     "cifar": dict(stage_blocks=[2, 2], widths=[6, 10], input_size=12, in_channels=2),
@@ -24,6 +24,7 @@ FORMS = {
     "one convolution": dict(stage_blocks=[2, 1], widths=[4, 8], input_size=8, in_channels=1),
     "basic": dict(stage_blocks=[2, 1, 1], widths=[8, 8, 16], input_size=47, imagenet=True),
     "bottleneck": dict(stage_blocks=[2, 2], widths=[4, 8], input_size=31, imagenet=True, bottleneck=True),
+    "deep stem, averages": dict(stage_blocks=[2, 2], widths=[4, 8], input_size=17, imagenet=True, bottleneck=True),
     "bottleneck, 5 channels": dict(
         stage_blocks=[2, 1], widths=[8, 16], input_size=33, in_channels=5, imagenet=True, bottleneck=True
     ),
@@ -47,6 +48,7 @@ def _network(form: str, device: torch.device) -> nn.Module:
     if form == "one convolution":
         for block in routed_blocks(model).values():
             block.body = block.body[:2]
+    vary(model, form)
     return settle(model).to(device)
 
 
@@ -332,6 +334,7 @@ def test_memory_of_other_graphs_is_given_up(monkeypatch, captures):
     [
         (lambda m: m.body.__setitem__(0, nn.Conv2d(6, 6, 5, 1, 2)), r"block 0: body: expected 1x1 and 3x3 .* kernel=5"),
         (lambda m: m.body.__setitem__(0, nn.Conv2d(6, 6, 3, 1, 1, groups=2)), "block 0: body: .* groups=2"),
+        (lambda m: m.body.append(SqueezeExcitation(6)), "block 0: body: .* squeeze=3"),
     ],
 )
 def test_convolutions_that_do_not_fit(change, message):

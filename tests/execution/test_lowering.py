@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import spnet
 from spnet.execution import kept, lowering
 from spnet.routing import routed_blocks
-from tests.conftest import settle
+from tests.conftest import SqueezeExcitation, settle
 
 
 class Bottleneck(nn.Module):
@@ -108,6 +108,100 @@ class Mean(Functional):
         return self.linear(self.layers(torch.relu(self.bn(self.conv(x)))).mean([-1, -2]).contiguous())
 
 
+class Functions(SqueezeExcitation):
+    """In the way of torchvision, its factors the other way round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = F.relu(self.reduce(F.adaptive_avg_pool2d(x, 1)), inplace=True)
+        return torch.sigmoid(self.expand(scale)) * x
+
+
+class Linear(nn.Module):
+    """In the way of the first ones."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        layers = nn.Linear(channels, 5, bias=False), nn.ReLU(inplace=True), nn.Linear(5, channels, bias=False)
+        self.fc = nn.Sequential(*layers, nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, _, _ = x.size()
+        return x * self.fc(self.avg_pool(x).view(b, c)).view(b, c, 1, 1).expand_as(x)
+
+
+class InPlace(SqueezeExcitation):
+    def forward(self, x: Tensor) -> Tensor:
+        x *= self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu_()).sigmoid_()
+        return x
+
+
+class Variant(ResNet):
+    """ResNet-D: a deep stem, averages in the shortcuts; with squeeze-and-excitation behind each body."""
+
+    def __init__(self, squeeze: type[nn.Module] = nn.Identity, pool: nn.Module | None = None, groups: int = 1):
+        super().__init__()
+        layers = nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
+        layers += nn.Conv2d(6, 5, 3, 1, 1), nn.ReLU(), nn.Conv2d(5, 8, 3, 1, 1, bias=False)
+        self.conv1 = nn.Sequential(*layers)
+        strided, channels = self.layer2[0], self.layer2[0].conv3.out_channels
+        pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False) if pool is None else pool
+        strided.downsample = nn.Sequential(pool, nn.Conv2d(16, channels, 1, bias=False), nn.BatchNorm2d(channels))
+        strided.conv2 = nn.Conv2d(12, 12, 3, 2, 1, groups=groups)
+        for block in (*self.layer1, *self.layer2):
+            block.bn3 = nn.Sequential(block.bn3, squeeze(block.conv3.out_channels))
+
+
+class Hard(SqueezeExcitation):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.hardsigmoid(self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()))
+
+
+class Gated(SqueezeExcitation):
+    """By a number for each pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.expand(self.reduce(x).relu()).sigmoid()
+
+
+class Later(SqueezeExcitation):
+    """Scales another map than the one whose averages it takes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        Double.apply(x)
+        return x * scale
+
+
+class Spread(SqueezeExcitation):
+    """Over the channels of one pixel, which are as many as the map has pixels in a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return x * scale.view(1, 1, 1, -1)[..., : x.shape[3]]
+
+
+class Single(SqueezeExcitation):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True))).sigmoid()
+
+
+class One(SqueezeExcitation):
+    """A number for all channels."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.expand = nn.Conv2d(3, 1, 1)
+
+
+class Mixing(SqueezeExcitation):
+    """By a convolution with groups."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, 4)
+        self.expand = nn.Conv2d(4, channels, 1, groups=2)
+
+
 def routed(network: nn.Module) -> nn.Module:
     return settle(spnet.convert(network))
 
@@ -126,7 +220,18 @@ def agrees(model: nn.Module, x: Tensor, **options) -> None:
 @pytest.mark.parametrize("size", [(32, 32), (45, 31)])
 @pytest.mark.parametrize(
     ("make", "impl"),
-    [(ResNet, "walk"), (Functional, "walk"), (Mean, "walk"), (Fused, "walk"), (lambda: Functional(4), "batch")],
+    [
+        (ResNet, "walk"),
+        (Functional, "walk"),
+        (Mean, "walk"),
+        (Fused, "walk"),
+        (lambda: Functional(4), "batch"),
+        (Variant, "walk"),
+        (lambda: Variant(SqueezeExcitation), "walk"),
+        (lambda: Variant(Functions), "walk"),
+        (lambda: Variant(Linear), "walk"),
+        (lambda: Variant(InPlace, groups=3), "batch"),
+    ],
 )
 def test_networks_of_others(make, impl, size, tmp_path):
     model, x = routed(make()), torch.randn(5, 3, *size)
@@ -162,8 +267,10 @@ def test_compilation_goes_on_after_a_network_of_compiled_parts(model):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("make", [ResNet, lambda: Variant(Functions), lambda: Variant(Linear)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(model, dtype):
+def test_half_precision(make, dtype):
+    model = routed(make())
     x, paths = torch.randn(4, 3, 32, 32), torch.rand(4, 4) < 0.5
     expected = spnet.fast_forward(model, x, paths=paths)
     got = spnet.fast_forward(model.to(dtype), x.to(dtype), paths=paths)
@@ -317,6 +424,17 @@ class Foreign(ResNet):
         (Shaped, r"Shaped does not return logits \[B, classes\]"),
         (Both, "Both returns another tensor than its last layer"),
         (Foreign, "the head calls linear with a tensor that is no parameter or buffer"),
+        *(
+            (lambda pool=pool: Variant(pool=pool), "the shortcut of block 2 calls avg_pool2d, but not over all pixels")
+            for pool in (nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(2, divisor_override=3))
+        ),
+        (lambda: Variant(Hard), "the body of block 0 calls hardsigmoid, which no plan computes"),
+        (lambda: Variant(Gated), "the body of block 0 calls mul, but not to scale a map by what its averages say"),
+        (lambda: Variant(Later), "the body of block 0 calls mul, but not to scale a map by what its averages say"),
+        (lambda: Variant(One), "the body of block 0 calls mul, but not to scale a map by what its averages say"),
+        (lambda: Variant(Spread), "the body of block 0 calls view, which does more than flatten"),
+        (lambda: Variant(Single), "the body of block 0 is not a chain of convolutions"),
+        (lambda: Variant(Mixing), "the body of block 0 has a squeeze-and-excitation that is not of two linear layers"),
     ],
 )
 def test_what_is_no_line_is_routed(make, reason):

@@ -12,12 +12,12 @@ from torch import nn
 import spnet
 from spnet.execution.plan import _digest
 from spnet.training.distributed import synchronise_batchnorm
-from tests.conftest import settle
+from tests.conftest import VARIANTS, SqueezeExcitation, settle, vary
 
 
-def _small(**options):
+def _small(variants=(), **options):
     options = dict(num_classes=5, input_size=12, in_channels=2) | options
-    return settle(spnet.models.SPNet([2, 2], [6, 10], **options))
+    return settle(vary(spnet.models.SPNet([2, 2], [6, 10], **options), variants))
 
 
 def test_a_plan_answers_like_its_model(network):
@@ -173,7 +173,7 @@ def _share_block(model):
         (_replace_shortcut, "the shortcut of block 2 is not a 1x1 convolution"),
         (lambda m: m.features.stage1[0].body.append(nn.ReLU().eval()), "the body of block 0 is not a chain"),
         (_replace_stem, "the stem calls avg_pool2d, but not over all pixels of each channel"),
-        (lambda m: m.features.stem.append(nn.ReLU().eval()), "the stem is not a convolution with BatchNorm, ReLU and"),
+        (lambda m: m.features.stem.append(nn.ReLU().eval()), "the stem is not a chain of convolutions with"),
         (_replace_pool, "a max-pooling that is not square, undilated and rounded down"),
         (_replace_activation, "the activation of block 0 calls tanh"),
         (lambda m: m.features.stage1[0].add_module("activation", nn.Identity().eval()), "block 0 is no .* and a ReLU"),
@@ -185,7 +185,7 @@ def _share_block(model):
         (lambda m: setattr(m.features.stage1[1].router.bn, "running_var", None), "BatchNorm has no running statistics"),
         (_replace_forward, "the forward of a Conv2d has been replaced"),
         (_append_module, "what follows is not blocks, the average over all pixels and"),
-        (lambda m: setattr(m.features, "stem", nn.Conv2d(2, 6, 3, padding=1).eval()), "the stem is not a convolution"),
+        (lambda m: setattr(m.features, "stem", nn.Conv2d(2, 6, 3, padding=1).eval()), "the stem is not a chain"),
         (lambda m: setattr(m.features, "stem", nn.Sequential().eval()), r"does not run on an image \[2, 12, 12\]: "),
         (lambda m: setattr(m.features, "stage1", _Doubled(*m.features.stage1).eval()), "the head calls r?mul"),
         (
@@ -272,6 +272,12 @@ def _grouped():
     return model
 
 
+def _squeezed_stem():
+    model = _small()
+    model.features.stem.append(SqueezeExcitation(6))
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
@@ -280,6 +286,7 @@ def _grouped():
         (lambda: _small(in_channels=5, imagenet=True), "in_channels: expected 1 to 4, got 5"),
         (_five_by_five, "block 0: convolution 0: kernel: expected 1 or 3, all that walk computes, got 5"),
         (_grouped, "block 0: convolution 0: groups: expected 1, all that walk computes, got 2"),
+        (_squeezed_stem, "stem: convolution 0: squeeze: expected 0, all that walk computes in a stem, got 3"),
     ],
 )
 def test_networks_that_walk_does_not_run(model, reason):
@@ -293,7 +300,9 @@ def test_networks_that_walk_does_not_run(model, reason):
         spnet.fast_forward(model, torch.zeros(1, *plan.input_shape), impl="walk")
 
 
-@pytest.mark.parametrize("options", [{"shortcut": "projection"}, {"bottleneck": True, "imagenet": True}])
+@pytest.mark.parametrize(
+    "options", [{"shortcut": "projection"}, {"bottleneck": True, "imagenet": True}, {"variants": VARIANTS}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_saved_and_loaded(tmp_path, dtype, options):
     model = _small(**options).to(dtype)
@@ -337,12 +346,12 @@ def test_sent_to_another_process():
 
 def test_a_pickle_of_another_version_is_refused(monkeypatch):
     pickled = pickle.dumps(spnet.lower(_small()))
-    monkeypatch.setattr("spnet.execution.plan.FORMAT_VERSION", 3)
-    with pytest.raises(ValueError, match="pickle has plan version 2, expected 3"):
+    monkeypatch.setattr("spnet.execution.plan.FORMAT_VERSION", 4)
+    with pytest.raises(ValueError, match="pickle has plan version 3, expected 4"):
         pickle.loads(pickled)
 
 
-@pytest.mark.parametrize("options", [{}, {"bottleneck": True, "imagenet": True}])
+@pytest.mark.parametrize("options", [{}, {"bottleneck": True, "imagenet": True}, {"variants": VARIANTS}])
 def test_damaged_files_are_refused(tmp_path, options):
     path = tmp_path / "plan.safetensors"
     spnet.lower(_small(**options)).save(path)
@@ -353,7 +362,7 @@ def test_damaged_files_are_refused(tmp_path, options):
             spnet.load_plan(path)
     path.write_bytes(whole)
     tensors = load_file(path)
-    meta = {"spnet-plan": "2", "dtype": "float32", "blocks": "a\nb\nc\nd"}
+    meta = {"spnet-plan": "3", "dtype": "float32", "blocks": "a\nb\nc\nd"}
 
     def refused(message: str, tensors=tensors, **changed):
         described = meta | changed
@@ -361,7 +370,7 @@ def test_damaged_files_are_refused(tmp_path, options):
         with pytest.raises(ValueError, match=message):
             spnet.load_plan(path)
 
-    refused("plan version 1, expected 2", **{"spnet-plan": "1"})
+    refused("plan version 2, expected 3", **{"spnet-plan": "2"})
     refused("is no plan", dtype="float64")
     refused("rates, dense: expected", {**tensors, "rates": torch.zeros(1)})
     refused("is no plan", blocks="a")

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 import spnet
 from spnet.execution.plan import _digest
-from tests.conftest import settle
+from tests.conftest import VARIANTS, settle, vary
 
 EXAMPLES = settings(max_examples=300)
 INTEGERS = st.one_of(
@@ -31,7 +31,7 @@ class Saved:
         model = spnet.models.SPNet(
             [1, 2], [3, 5], num_classes=4, input_size=7, in_channels=2, shortcut="projection", router_width=6
         )
-        self.plan = spnet.lower(settle(model))
+        self.plan = spnet.lower(settle(vary(model, VARIANTS)))
         self.x = torch.randn(3, 2, 7, 7)
         self.path = Path(tempfile.mkdtemp()) / "plan.safetensors"
         self.plan.save(self.path)

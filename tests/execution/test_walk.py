@@ -14,14 +14,14 @@ from torch import nn
 import spnet
 from spnet.execution.walk import CudaWalk
 from spnet.native import core
-from tests.conftest import assert_as_exact_as_masked, margins, settle
+from tests.conftest import VARIANTS, assert_as_exact_as_masked, margins, settle, vary
 
 HALVES = st.sampled_from([torch.bfloat16, torch.float16])
 
 
 @st.composite
 def networks(draw, num_classes=(1, 2, 10)) -> nn.Module:
-    """Networks of both forms with awkward widths, sizes and depths."""
+    """Networks of both forms and their variants with awkward widths, sizes and depths."""
     torch.manual_seed(draw(st.integers(0, 1000)))
     stages, imagenet = draw(st.integers(1, 3)), draw(st.booleans())
     model = spnet.models.SPNet(
@@ -35,7 +35,7 @@ def networks(draw, num_classes=(1, 2, 10)) -> nn.Module:
         shortcut=draw(st.sampled_from(["pad", "projection"])),
         router_width=draw(st.sampled_from([16, 128])),
     )
-    return settle(model)
+    return settle(vary(model, draw(st.sets(st.sampled_from(VARIANTS)))))
 
 
 def _input(model: nn.Module, batch: int) -> torch.Tensor:

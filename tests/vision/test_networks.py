@@ -28,6 +28,7 @@ TIMM = {
     "resnetblur50": (16, 64),
     "resnext50_32x4d": (16, 64),
     "seresnet50": (16, 64),
+    "resnetrs50": (16, 64),
     "ecaresnet50t": (16, 64),
     "legacy_seresnet18": (8, 64),
     "resnest14d": (4, 64),
@@ -43,9 +44,10 @@ TIMM = {
     "nf_resnet26": (8, 64),
     "botnet26t_256": (8, 256),
 }
-# What the others compute is no plan: excitation, other activations, pooled shortcuts, BatchNorm before convolutions.
-PLANNED = {"resnet18": "walk", "resnet50": "walk", "wide_resnet50_2": "walk"}
+# What the others compute is no plan: other attention and activations, BatchNorm before convolutions.
+PLANNED = dict.fromkeys(["resnet18", "resnet50", "wide_resnet50_2", "resnet50d", "seresnet50", "resnetrs50"], "walk")
 PLANNED |= dict.fromkeys(["resnext50_32x4d", "regnet_x_400mf", "regnetx_002"], "batch")  # groups
+PLANNED |= dict.fromkeys(["regnet_y_400mf", "regnety_002"], "batch")
 WITH_DROP_PATH = {"resnet50d", "regnetx_002", "resnetv2_50"}
 
 
