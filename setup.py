@@ -46,6 +46,7 @@ def _tool(name):
 
 
 setup(
+    license="Apache-2.0",
     packages=[*find_packages(include=["spnet", "spnet.*"]), "spnet.kernels"],
     package_dir={"spnet.kernels": "kernels"},
     ext_modules=[
