@@ -71,6 +71,28 @@ def test_own_decisions_and_any_number_of_threads(model, batch, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("form", [dict(input_size=8), dict(input_size=16, imagenet=True, bottleneck=True)], ids=str)
+def test_a_thousand_samples(form):
+    """Of which a thread takes as many together as it can; what a sample gets is what it gets alone."""
+    model = settle(spnet.models.SPNet([1, 2], [8, 12], num_classes=5, **form))
+    x = _input(model, 1000)
+    expected, masked = spnet.fast_forward(model, x, impl="masked", return_paths=True)
+    got, walked = spnet.fast_forward(model, x, impl="walk", return_paths=True)
+    clear = (margins(model, x) > 1e-3).all(1)
+    assert torch.equal(masked.decisions[clear], walked.decisions[clear])
+    assert 0 < walked.decisions.float().mean() < 1
+    same = (masked.decisions == walked.decisions).all(1)
+    assert ((got - expected).abs()[same] <= 1e-4 * expected.abs().max()).all()
+    assert torch.equal(torch.cat([spnet.fast_forward(model, part, impl="walk") for part in x.split(1)]), got)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(spnet.fast_forward(model, x, impl="walk"), got)
+    finally:
+        torch.set_num_threads(before)
+
+
 @given(networks(num_classes=[10]), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]), HALVES)
 def test_half_precision(model, batch, rate, dtype):
     model = model.to(dtype)
