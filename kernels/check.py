@@ -10,7 +10,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from itertools import chain
+from itertools import chain, product
 from typing import NamedTuple
 
 import click
@@ -75,31 +75,30 @@ def _usage(cubin: bytes) -> tuple[int, int, int]:
 
 @cache
 def cases(architecture: str) -> dict[str, Launch]:
-    """What to compile: of launches that differ in nothing but sizes and channels, one.
+    """What to compile: of launches that differ in nothing but sizes and channels, one; and all that were measured.
 
     bfloat16 differs from float16 in the names of instructions: of each role one, for sm_90.
     """
     meta = torch.device("meta")
     seen = set()
     found = dict(chain.from_iterable(workload.small_launches(batch, meta) for batch in workload.BATCHES))
-    for dtype in workload.DTYPES:
-        if dtype == "bfloat16" and architecture != "sm_90":
-            continue
-        for network in workload.NETWORKS:
-            for conv in workload.convolutions(network):
-                for batch in workload.BATCHES:
-                    shape = conv.shape(dtype, batch)
-                    tile = tiling.choose(architecture, shape)
-                    even = shape.cin % tile.block_k == 0, conv.cout % tile.block_n == 0
-                    form = dtype, tile, even, conv.kernel, conv.stride, conv.role
-                    if dtype == "bfloat16":
-                        form = dtype, conv.role
-                    if form not in seen:
-                        seen.add(form)
-                        product = f"{conv.kernel}x{conv.kernel}/{conv.stride} {conv.cin}->{conv.cout}"
-                        found[f"conv {dtype} {conv.role} {product} {tuple(tile)}"] = conv.launch(
-                            dtype, batch, tile, meta
-                        )
+    for dtype, network in product(workload.DTYPES, workload.NETWORKS):
+        for conv in workload.convolutions(network):
+            shapes = {batch: conv.shape(dtype, batch) for batch in workload.BATCHES}
+            tiles = [(batch, tiling.choose(architecture, shape)) for batch, shape in shapes.items()]
+            measured = tiling.measured(architecture, shapes[1])
+            for batch, tile in [*tiles, *((workload.BATCHES[-1], tile) for tile in sorted(measured))]:
+                even = shapes[1].cin % tile.block_k == 0, conv.cout % tile.block_n == 0
+                form = dtype, tile, even, conv.kernel, conv.stride, conv.role
+                if dtype == "bfloat16" and tile not in measured:
+                    if architecture != "sm_90":
+                        continue
+                    form = dtype, conv.role
+                if form not in seen:
+                    seen.add(form)
+                    of = f"{conv.kernel}x{conv.kernel}/{conv.stride} {conv.cin}->{conv.cout}"
+                    name = f"conv {dtype} {conv.role} {of} {tuple(tile)}"
+                    found[name] = conv.launch(dtype, batch, tile, meta)
     return found
 
 

@@ -50,6 +50,12 @@ def choose(architecture: str, shape: Shape) -> Tile:
     return table(architecture).get(shape.key) or rule(architecture, shape)
 
 
+def measured(architecture: str, shape: Shape) -> set[Tile]:
+    """The measured tiles of this shape, of any number of rows."""
+    of_any_rows = shape.key.rpartition("-")[0]
+    return {tile for key, tile in table(architecture).items() if key.rpartition("-")[0] == of_any_rows}
+
+
 @cache
 def table(architecture: str) -> dict[str, Tile]:
     """Measured tiles by Shape.key; empty where nobody has run ``python -m spnet.kernels.tune``."""

@@ -42,6 +42,29 @@ def test_the_rule_gives_tiles_that_fit(dtype, batch, architecture):
             assert stages * tile.programs_per_sm <= tiling.SHARED_BYTES.get(architecture, 99 << 10)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "tf32"])
+def test_every_measured_tile_is_compiled(tmp_path, monkeypatch, dtype):
+    """Also those of batch sizes at which the check compiles no other."""
+    monkeypatch.setattr(tiling, "TABLES", tmp_path)
+    caches = tiling.table, check.cases
+    for each in caches:
+        each.cache_clear()
+    before = len(check.cases("sm_80"))
+    for each in caches:
+        each.cache_clear()
+    conv = workload.Conv(3, 1, 28, 128, 128, "inner")
+    tiles = {batch: Tile(64, 16, 32, 4, 8, stages, 1) for batch, stages in ((8, 2), (64, 3), (256, 5))}
+    entries = {conv.shape(dtype, batch).key: dict(tile=list(tile)) for batch, tile in tiles.items()}
+    (tmp_path / "sm_80.json").write_text(json.dumps(dict(tiles=entries)))
+    cases = check.cases("sm_80")
+    for each in caches:
+        each.cache_clear()
+    for tile in tiles.values():
+        launch = cases[f"conv {dtype} inner 3x3/1 128->128 {tuple(tile)}"]
+        assert launch.stages == tile.stages
+    assert len(cases) >= before
+
+
 def test_convolutions_of_resnet50():
     found = workload.convolutions("resnet50")
     assert len(found) == 1 + 5 + 3 * 6
