@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -371,6 +372,22 @@ def test_devices_that_do_not_fit(monkeypatch):
         check_cuda(capability, True)
 
 
+def test_a_gpu_that_does_not_fit_is_refused_at_lowering(monkeypatch):
+    lowered = spnet.lower(_network("cifar", torch.device("cpu")))
+    weights = SimpleNamespace(device=torch.device("cuda", 1))
+    monkeypatch.delenv(EXPERIMENTAL["batch"], raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {1: (7, 5)}[device.index])
+    with pytest.raises(ValueError, match=f"{EXPERIMENTAL['batch']}=1 in the environment opens it"):
+        plan._graph(lowered.network, weights, torch.float16)
+    monkeypatch.setenv(EXPERIMENTAL["batch"], "1")
+    with pytest.raises(ValueError, match="needs compute capability 8.0 or higher, got 7.5"):
+        plan._graph(lowered.network, weights, torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs Triton, which is not installed"):
+        plan._graph(lowered.network, weights, torch.float16)
+
+
 gpu = pytest.mark.gpu
 on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)], indirect=True)
 
@@ -424,7 +441,7 @@ def test_memory(device):
 
     x = torch.randn(32, 3, 224, 224, device=device, dtype=torch.float16)
     model = settle(spnet.create_model("resnet50")).to(device, torch.float16)
-    spnet.lower(model)(x[:1])  # libraries take their memory once
+    spnet.lower(model)(x)  # libraries take their memory once, and the kernels are compiled
     everything = torch.ones(len(x), 16, dtype=torch.bool, device=device)
     gc.collect()
     weights = sum(t.nbytes for t in model.state_dict().values())
