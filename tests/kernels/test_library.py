@@ -50,9 +50,11 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("case", CASES)
-def test_opcheck(case):
-    torch.library.opcheck(getattr(OPS, case.split()[0]).default, CASES[case]())
+def test_opcheck(case, where):
+    arguments = [a.to(where) if isinstance(a, torch.Tensor) else a for a in CASES[case]()]
+    torch.library.opcheck(getattr(OPS, case.split()[0]).default, arguments)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+import triton
+from click.testing import CliRunner
 
 from spnet.kernels import check, tiling, tune, workload
 from spnet.kernels.tiling import Shape, Tile
@@ -145,3 +147,36 @@ def test_complaints(name, report, text):
     (found,) = check.complaints(name, report, "sm_90")
     assert text in found
     assert not check.complaints(name, check.Report(100, 0, 1000, ("wgmma.mma_async",)), "sm_90")
+
+
+@pytest.mark.parametrize("spilled", [0, 8])
+def test_the_check_fails_where_a_kernel_spills(monkeypatch, spilled):
+    class Compiler:
+        """In place of processes that compile: all kernels are well but the last."""
+
+        def __init__(self, *options):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def map(self, function, work, chunksize):
+            report = check.Report(100, 0, 1000, ("wgmma.mma_async",))
+            return [report] * (len(work) - 1) + [report._replace(spilled_bytes=spilled)]
+
+    monkeypatch.setattr(check, "ProcessPoolExecutor", Compiler)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    done = CliRunner().invoke(check.main, ["--arch", "sm_90"])
+    assert done.exit_code == bool(spilled), done.output
+    assert done.output.endswith(f"{len(check.cases('sm_90'))} kernels, {int(bool(spilled))} failed\n")
+    assert done.output.count("100 registers, 8 spilled,   1000 shared") == bool(spilled)
+
+
+def test_the_check_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    done = CliRunner().invoke(check.main, [])
+    assert done.exit_code == 1
+    assert "TRITON_INTERPRET=1 is set: there is nothing to compile" in done.output
