@@ -54,7 +54,8 @@ test-oldest: .venv-oldest/.set-up
 	.venv-oldest/bin/python -m spnet.kernels.check
 
 test-vision: .venv-vision/.set-up
-	.venv-vision/bin/python -m pytest $(PARALLEL) tests/vision tests/models tests/execution tests/test_api.py tests/test_routing.py
+	.venv-vision/bin/python -m pytest $(PARALLEL) tests/vision tests/models tests/execution tests/test_api.py \
+	  tests/test_routing.py tests/training/test_folders.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
