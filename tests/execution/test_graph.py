@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 import spnet
 from spnet.execution import graph, kept, plan
-from spnet.execution.device import EXPERIMENTAL, OnCpu, check_cuda, check_device, check_open
+from spnet.execution.device import EXPERIMENTAL, OnCpu, check_cuda, check_device, check_open, on
 from spnet.execution.graph import Graph, bucket
 from spnet.routing import routed_blocks
 from tests.conftest import SqueezeExcitation, assert_as_exact_as_masked, margins, settle, vary
@@ -386,6 +387,63 @@ def test_a_gpu_that_does_not_fit_is_refused_at_lowering(monkeypatch):
     monkeypatch.setattr(plan, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs Triton, which is not installed"):
         plan._graph(lowered.network, weights, torch.float16)
+
+
+class _Stream:
+    """Stands for a stream, or for a buffer that streams use: notes what it waits for and who uses it."""
+
+    def __init__(self):
+        self.waits_for, self.users = [], []
+
+    def wait_event(self, event):
+        self.waits_for.append(event.behind)
+
+    def wait_stream(self, stream):
+        self.waits_for.append(stream)
+
+    def record_stream(self, stream):
+        self.users.append(stream)
+
+
+class _Event:
+    def record(self, stream):
+        self.behind = stream
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """``OnCuda`` as far as it goes without a GPU: where it is, and the current stream, which tests set."""
+    state = SimpleNamespace(current=_Stream())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream())
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: state.current)
+    state.on = on(torch.device("cuda", 0))
+    return state
+
+
+def test_runs_from_several_streams_wait_for_each_other(cuda):
+    """Or one would write into the buffers of a graph that still runs on another stream."""
+    one, two, buffer = _Stream(), _Stream(), _Stream()
+    for stream in (one, one, two, two, one):
+        cuda.current = stream
+        with cuda.on.in_order([buffer]):
+            assert buffer.users[-1] is stream
+    assert two.waits_for == [one]
+    assert one.waits_for == [two]
+
+
+def test_a_capture_without_memory_leaves_nothing_running(cuda):
+    """What was launched before still reads and writes tensors that the caller's stream gives back."""
+
+    def function():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda.on.capture(function)
+    assert cuda.on._side.waits_for == [cuda.current]
+    assert cuda.current.waits_for == [cuda.on._side]
 
 
 gpu = pytest.mark.gpu
