@@ -26,9 +26,9 @@ class Launch(NamedTuple):
     def options(self) -> dict[str, Any]:
         return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
 
-    def run(self) -> None:
-        if self.programs:
-            self.kernel[(self.programs,)](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """Returns the compiled kernel; None in the interpreter and where there is nothing to run."""
+        return self.kernel[(self.programs,)](**self.arguments, **self.options) if self.programs else None
 
 
 def define(schema: str, check: Callable, twin: Callable, launch: Callable[..., Launch]) -> None:

@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 from click.testing import CliRunner
+from triton.runtime.errors import OutOfResources
 
 from spnet.kernels import check, tiling, tune, workload
+from spnet.kernels.library import Launch
 from spnet.kernels.tiling import Shape, Tile
 
 META = torch.device("meta")
@@ -102,6 +105,24 @@ def test_the_tuner_takes_the_fastest_tile_of_each_shape():
 
     assert len(prepared) == len(set(map(kernel, prepared))) < len(asked)
     assert set(map(kernel, asked)) == set(map(kernel, prepared))
+
+
+def test_the_tuner_takes_no_tile_that_spills_or_does_not_fit(monkeypatch):
+    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", lambda run, **options: 0.25)
+
+    class Kernel:
+        """In place of one that was compiled and launched on a GPU."""
+
+        def __getitem__(self, grid):
+            def run(n_spills, **options):
+                if n_spills is None:
+                    raise OutOfResources(300_000, 232_448, "shared memory")
+                return SimpleNamespace(n_spills=n_spills)
+
+            return run
+
+    for n_spills, expected in ((0, 250), (4, float("inf")), (None, float("inf"))):
+        assert tune.microseconds(Launch(Kernel(), 1, dict(n_spills=n_spills), warps=4, stages=3)) == expected
 
 
 def test_a_tuner_that_was_stopped_goes_on(tmp_path):
