@@ -258,20 +258,28 @@ def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
 
 
+def _checked(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside the wrapper of torch.compile, which hides the blocks from the executions.
 
     Raises:
         TypeError: no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    return getattr(model, "_orig_mod", model)
+    return getattr(_checked(model), "_orig_mod", model)
 
 
 def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:
-    """The RoutedBlocks of a model by name, in the order of registration: the columns of every ``paths``."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, RoutedBlock)}
+    """The RoutedBlocks of a model by name, in the order of registration: the columns of every ``paths``.
+
+    Raises:
+        TypeError: no module.
+    """
+    return {name: m for name, m in _checked(model).named_modules() if isinstance(m, RoutedBlock)}
 
 
 def own_weight(model: nn.Module) -> Tensor | None:

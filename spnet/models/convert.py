@@ -68,6 +68,7 @@ def convert(
         The model; a new one where the model itself is a block or a ``nn.Sequential`` of blocks.
 
     Raises:
+        TypeError: model is no module.
         ValueError: no residual block; RoutedBlocks already there; or a block, called by its name, that has the form
             but cannot be routed: it overwrites its input, computes another thing in training than in evaluation, has
             two branches of equally many convolutions, or branches that share more than one tensor, contains another
@@ -334,6 +335,7 @@ def forward_training(model: nn.Module, x: Tensor) -> SPNetOutput:
         x: input batch [B, ...].
 
     Raises:
+        TypeError: model is no module.
         ValueError: a model without RoutedBlocks, in evaluation mode, or with a block that its forward does not call
             or calls in compiled code.
     """

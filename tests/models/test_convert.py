@@ -548,3 +548,10 @@ def test_no_residual_block(odd, lacks):
 def test_nothing_to_look_at():
     with pytest.raises(ValueError, match="Linear has no residual block to route; looked at no module"):
         spnet.convert(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("model", [None, "resnet50", spnet.SPNet], ids=["None", "name", "class"])
+def test_no_module(model):
+    for call in (spnet.convert, lambda model: spnet.forward_training(model, torch.randn(1, 3, 8, 8))):
+        with pytest.raises(TypeError, match=r"^model: expected a torch\.nn\.Module, got (NoneType|str|type)$"):
+            call(model)
