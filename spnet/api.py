@@ -108,6 +108,15 @@ def _check_impl(impl: str) -> None:
         raise ValueError(f"impl: unknown {impl!r}; did you mean {', '.join(map(repr, near))}?")
 
 
+def _check_threshold(threshold: float) -> None:
+    try:
+        number = not math.isnan(threshold)
+    except TypeError as e:
+        raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}") from e
+    if not number:
+        raise ValueError("threshold: expected a number, got NaN")
+
+
 @uncompiled
 def fast_forward(
     model: nn.Module,
@@ -142,11 +151,10 @@ def fast_forward(
         ValueError: a model in training mode, without RoutedBlocks, or with compiled parts around them; x of another
             shape, dtype or device than the model's, or requiring grad; paths of another shape; a threshold that is NaN;
             an unknown impl, or one that does not fit.
-        TypeError: model is no module, or x no tensor.
+        TypeError: model is no module, x no tensor, or threshold no number.
     """
     _check_impl(impl)
-    if math.isnan(threshold):
-        raise ValueError("threshold: expected a number, got NaN")
+    _check_threshold(threshold)
     model = unwrapped(model)
     found = _by_plan(model, x, impl, paths, threshold)
     if found is not None:

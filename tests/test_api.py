@@ -93,6 +93,8 @@ def test_threshold(network, impl):
     assert torch.equal(decisions(math.inf, paths=forced), forced)
     with pytest.raises(ValueError, match="threshold: expected a number, got NaN"):
         decisions(math.nan)
+    with pytest.raises(TypeError, match=r"^threshold: expected a number, got NoneType$"):
+        decisions(None)
 
 
 @pytest.mark.parametrize("impl", ["routed", "batch", "walk"])
