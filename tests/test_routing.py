@@ -144,6 +144,9 @@ def test_static_network_has_the_routed_ones_weights():
 def test_unknown_model_names_the_near_matches():
     with pytest.raises(ValueError, match="unknown model 'resnet110'.*resnet110_cifar"):
         spnet.create_model("resnet110")
+    for name in (None, 110, ""):
+        with pytest.raises(ValueError, match=f"name: unknown model {name!r}; did you mean .*resnet110_cifar"):
+            spnet.create_model(name)
     with pytest.raises(ValueError, match="shortcut"):
         spnet.create_model("resnet20_cifar", shortcut="option-a")
 

@@ -55,7 +55,8 @@ def create_model(name: str, **kwargs) -> SPNet:
         ValueError: unknown name; the message lists near matches.
     """
     if name not in _MODELS:
-        near = [n for n in _MODELS if name and n.startswith(name)] or difflib.get_close_matches(name, _MODELS)
+        given = str(name)
+        near = [n for n in _MODELS if given and n.startswith(given)] or difflib.get_close_matches(given, _MODELS)
         near = near or list_models()
         raise ValueError(f"name: unknown model {name!r}; did you mean {', '.join(near)}?")
     model = _MODELS[name](**kwargs)
