@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spnet.models.registry import create_model
 from spnet.models.resnet import SPNet
+from spnet.routing import unwrapped
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -57,13 +58,16 @@ def save_model(model: SPNet, folder: str | Path) -> None:
     """Write a model made by :func:`spnet.create_model` into a folder, flushed to the disk.
 
     Args:
-        model: its ``config`` and, where set, ``data`` (class names, mean and std of the pixels) go along.
+        model: also inside the wrapper of torch.compile; its ``config`` and, where set, ``data`` (class names, mean and
+            std of the pixels) go along.
         folder: made if it is missing; each of its two files is replaced wholly or not at all.
 
     Raises:
+        TypeError: model is no module.
         ValueError: a model that create_model did not make.
         OSError: a full disk, say.
     """
+    model = unwrapped(model)
     if not isinstance(model, SPNet) or model.config is None:
         raise ValueError(
             "model: expected one made by create_model, whose config says how to build it again; "

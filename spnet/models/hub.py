@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from spnet.analysis.macs import count_macs
 from spnet.models.files import CONFIG, WEIGHTS, load_model, save_model, write_whole
 from spnet.models.resnet import SPNet
-from spnet.routing import routed_blocks
+from spnet.routing import routed_blocks, unwrapped
 
 if TYPE_CHECKING:
     from spnet.analysis.paths import PathStatistics
@@ -48,12 +48,14 @@ def model_card(model: SPNet, statistics: PathStatistics | None = None) -> str:
     """Markdown that describes a network by what it tells itself, and by the paths of test images through it.
 
     Args:
-        model: routed or static.
+        model: routed or static, also inside the wrapper of torch.compile.
         statistics: of :func:`spnet.paths`; without them the card states no accuracy and no execution rates.
 
     Raises:
+        TypeError: model is no module.
         ValueError: a model that create_model did not make.
     """
+    model = unwrapped(model)
     if not isinstance(model, SPNet) or model.config is None:
         raise ValueError("model: expected one made by create_model, whose config says what it is called")
     size = model.input_size

@@ -67,6 +67,12 @@ def test_round_trip_of_other_dtype_and_memory_format(tmp_path, network):
     assert states_equal(loaded.bfloat16(), low)
 
 
+def test_compiled_model_is_saved_as_the_model_in_it(tmp_path, network):
+    # A stand-in for the wrapper, without the seconds that importing the compiler takes.
+    save_model(torch.nn.ModuleDict({"_orig_mod": network}), tmp_path)
+    assert states_equal(load_model(tmp_path), network)
+
+
 def test_files_have_the_usual_permissions(folder):
     umask = os.umask(0)
     os.umask(umask)

@@ -110,6 +110,11 @@ def test_card_tells_what_the_network_is(network):
     assert f"executed, {skipped / 1e6:.4g} MMACs with none |" in card
 
 
+def test_card_of_a_compiled_network(network):
+    wrapper = torch.nn.ModuleDict({"_orig_mod": network})  # without the seconds that importing the compiler takes
+    assert model_card(wrapper) == model_card(network)
+
+
 def test_card_with_what_was_measured(network, tmp_path):
     network.data = DATA
     statistics = spnet.paths(network, (torch.randn(8, 1, 32, 32), torch.arange(8)))
