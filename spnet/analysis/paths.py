@@ -15,7 +15,8 @@ from spnet.analysis.macs import align, count_macs
 from spnet.api import fast_forward
 from spnet.routing import unwrapped
 
-Batch = Tensor | tuple[Tensor, Tensor | None]
+Labels = Tensor | np.ndarray | None
+Batch = Tensor | tuple[Tensor, Labels]
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +190,7 @@ class PathStatistics:
 
 def paths(
     model: nn.Module,
-    data: Tensor | tuple[Tensor, Tensor | None] | Iterable[Batch],
+    data: Batch | Iterable[Batch],
     *,
     batch_size: int = 250,
 ) -> PathStatistics:
@@ -198,14 +199,17 @@ def paths(
     Args:
         model: any module that contains :class:`spnet.RoutedBlock` and returns logits [B, classes], in evaluation mode.
         data: batches of ``(x, labels)``, ``(x, None)`` or plain ``x``, such as a loader gives them; or one such
-            batch. x is [B, ...] in the model's dtype and on its device, labels are integers [B].
+            batch. x is [B, ...] in the model's dtype and on its device, labels are integers [B], also of numpy.
         batch_size: where ``data`` is one batch, how many of its samples run at a time.
 
     Raises:
-        ValueError: no samples; labels of another length or outside the classes, or missing in some batches only; a
-            model that does not return logits; everything that :func:`spnet.fast_forward` raises for model and x.
+        ValueError: batch_size < 1; no samples; labels of another length or outside the classes, or missing in some
+            batches only; a model that does not return logits; everything that :func:`spnet.fast_forward` raises for
+            model and x.
         TypeError: a batch that is no tensor, or labels that are no integers.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     decisions, macs, predictions, losses, labels = [], [], [], [], []
     blocks: tuple[str, ...] = ()
     cost = None  # of one sample: the same Macs for every batch
@@ -247,7 +251,7 @@ def paths(
     )
 
 
-def _batches(data: Tensor | Iterable, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _batches(data: Batch | Iterable[Batch], batch_size: int) -> Iterator[tuple[Tensor, Labels]]:
     if isinstance(data, Tensor):
         data = (data, None)
     if _is_pair(data):
@@ -255,7 +259,8 @@ def _batches(data: Tensor | Iterable, batch_size: int) -> Iterator[tuple[Tensor,
         if labels is not None and len(labels) != len(x):
             raise ValueError(f"labels: expected {len(x)}, one per sample, got {len(labels)}")
         parts = x.split(batch_size)
-        yield from zip(parts, [None] * len(parts) if labels is None else labels.split(batch_size), strict=True)
+        of_parts = [None] * len(parts) if labels is None else torch.as_tensor(labels).split(batch_size)
+        yield from zip(parts, of_parts, strict=True)
         return
     for batch in data:
         if isinstance(batch, Tensor):
@@ -270,10 +275,10 @@ def _is_pair(data) -> bool:
     """Tell (x, labels) from two batches: labels have one dimension, batches more."""
     if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[0], Tensor):
         return False
-    return data[1] is None or (isinstance(data[1], Tensor) and data[1].dim() == 1)
+    return data[1] is None or (isinstance(data[1], Tensor | np.ndarray) and data[1].ndim == 1)
 
 
-def _checked_labels(labels: Tensor, batch: int, classes: int, offset: int) -> Tensor:
+def _checked_labels(labels: Tensor | np.ndarray, batch: int, classes: int, offset: int) -> Tensor:
     """Labels as int64 [batch] on the CPU; ``offset`` samples came before."""
     labels = torch.as_tensor(labels).cpu()
     if labels.is_floating_point() or labels.dtype == torch.bool:

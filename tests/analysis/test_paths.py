@@ -130,6 +130,9 @@ def test_forms_of_data(net):
     expected = paths(net, (X, LABELS))
     loader = DataLoader(TensorDataset(X, LABELS), batch_size=2)
     batches = list(zip(X.split(3), LABELS.split(3), strict=True))
+    arrays = LABELS.numpy()
+    for data in ((X, arrays), [(X, arrays)]):
+        assert torch.equal(paths(net, data, batch_size=2).losses, expected.losses)
     for data in ([X, LABELS], loader, batches, tuple(batches), iter(batches), [(X[:0], LABELS[:0]), (X, LABELS)]):
         stats = paths(net, data)
         assert torch.equal(stats.decisions, expected.decisions)
@@ -254,6 +257,12 @@ def test_wrong_data(net):
         paths(net, ["no tensor"])
     with pytest.raises(TypeError, match="x: expected a Tensor"):
         paths(net, [(X.numpy(), LABELS)])
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_wrong_batch_size(net, batch_size):
+    with pytest.raises(ValueError, match=f"^batch_size: expected at least 1, got {batch_size}$"):
+        paths(net, X, batch_size=batch_size)
 
 
 def test_wrong_models(net):
