@@ -196,14 +196,16 @@ class SPNetLoss:
             rates: execution rates [L] of the whole batch where `output` is of a part; see :func:`activation_loss`.
 
         Raises:
-            TypeError: output is of a network in evaluation mode, or of one whose forward gives the logits alone.
+            TypeError: output or auxiliary is of a network in evaluation mode, or of one whose forward gives the logits
+                alone.
             ValueError: see the class.
         """
-        if not isinstance(output, SPNetOutput):
-            raise TypeError(
-                f"output: expected the SPNetOutput of a network in training mode, got {type(output).__name__}; "
-                "call model.train(), and a network of others by spnet.forward_training(model, x)"
-            )
+        for name, given in {"output": output, **({} if auxiliary is None else {"auxiliary": auxiliary})}.items():
+            if not isinstance(given, SPNetOutput):
+                raise TypeError(
+                    f"{name}: expected the SPNetOutput of a network in training mode, got {type(given).__name__}; "
+                    "call model.train(), and a network of others by spnet.forward_training(model, x)"
+                )
         weights = self.weights
         blocks = output.decisions.shape[1]
         terms = {"cls": classification_loss(output.stage_logits, labels, self.stage_weights)}

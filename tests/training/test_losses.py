@@ -324,6 +324,8 @@ def test_errors(outputs):
         SPNetLoss([0.5, 0.5], stage_weights=(0.5, 1.0))(output, LABELS, auxiliary)
     with pytest.raises(TypeError, match=r"output: expected the SPNetOutput of .* got Tensor; call model.train\(\)"):
         SPNetLoss(0.5)(output.stage_logits[-1], LABELS)
+    with pytest.raises(TypeError, match=r"auxiliary: expected the SPNetOutput of .* got Tensor; call model.train\(\)"):
+        SPNetLoss(0.5)(output, LABELS, auxiliary.stage_logits[-1])
     with pytest.raises(ValueError, match="auxiliary: .* got None"):
         SPNetLoss(0.5, stage_weights=(0.5, 1.0))(output, LABELS)
     with pytest.raises(ValueError, match="stage_weights: expected 2, one per stage, got 3"):
