@@ -17,7 +17,7 @@ def preprocess(model: SPNet, images: Tensor | np.ndarray) -> Tensor:
 
     Args:
         model: a network whose ``data`` holds mean and std, as every loaded or trained one does.
-        images: uint8 [N, H, W] or [N, H, W, C], no larger than the model's input.
+        images: uint8 [N, H, W, C], or [N, H, W] where the model has one channel; no larger than the model's input.
 
     Returns:
         [N, in_channels, S, S] in the dtype and on the device of the model.
@@ -27,16 +27,17 @@ def preprocess(model: SPNet, images: Tensor | np.ndarray) -> Tensor:
     """
     if getattr(model, "data", None) is None:  # networks of others have none
         raise ValueError("model: the mean and std of its training data are unknown; normalise the images yourself")
-    images = torch.as_tensor(images)
-    if images.dim() == 3:
-        images = images[..., None]
-    size, channels = model.input_size, model.in_channels
-    fits = images.dim() == 4 and images.shape[3] == channels and max(images.shape[1:3]) <= size
-    if images.dtype != torch.uint8 or not fits:
-        raise ValueError(
-            f"images: expected uint8 [N, H, W] or [N, H, W, {channels}] of at most {size}x{size}, "
-            f"got {images.dtype} {list(images.shape)}"
-        )
+    if not isinstance(images, Tensor):
+        images = np.asarray(images)
+    size, channels, shape = model.input_size, model.in_channels, list(images.shape)
+    full = [*shape, 1] if channels == 1 and len(shape) == 3 else shape
+    fits = len(full) == 4 and full[3] == channels and max(full[1:3]) <= size
+    if images.dtype not in (torch.uint8, np.uint8) or not fits:
+        forms = "[N, H, W] or [N, H, W, 1]" if channels == 1 else f"[N, H, W, {channels}]"
+        raise ValueError(f"images: expected uint8 {forms} of at most {size}x{size}, got {images.dtype} {shape}")
+    if not isinstance(images, Tensor):
+        images = torch.from_numpy(np.array(images, order="C"))  # torch refuses negative strides, warns of read-only
+    images = images.reshape(full)
     x = normalise(images.permute(0, 3, 1, 2), model.data["mean"], model.data["std"], size)
     return x.to(model.heads[-1].weight)
 

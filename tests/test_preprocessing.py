@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -96,10 +97,15 @@ def test_preprocess_takes_every_form_of_the_same_images(model):
     wide = torch.zeros(6, 28, 60, model.in_channels, dtype=torch.uint8)
     wide[::2, :, ::2] = images
     same = [images.numpy(), np.asfortranarray(images.numpy()), wide[::2, :, ::2], wide.numpy()[::2, :, ::2]]
+    read_only = images.numpy().copy()
+    read_only.flags.writeable = False
+    same += [np.flip(images.numpy(), (2, 3)).copy()[:, :, ::-1, ::-1], read_only]
     if model.in_channels == 1:
         same += [images[..., 0], images[..., 0].numpy()]
-    for form in same:
-        assert torch.equal(spnet.preprocess(model, form), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for form in same:
+            assert torch.equal(spnet.preprocess(model, form), x)
 
 
 def test_preprocess_gives_what_the_network_was_trained_on():
@@ -136,6 +142,12 @@ def test_preprocess_goes_to_the_gpu(model):
         torch.testing.assert_close(x.cpu(), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("images", [None, "image.png", [[0.5]]], ids=str)
+def test_preprocess_of_no_images(model, images):
+    with pytest.raises(ValueError, match=r"^images: expected uint8 \[N, H, W.* of at most 32x32, got "):
+        spnet.preprocess(model, images)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "got"),
     [
@@ -146,7 +158,8 @@ def test_preprocess_goes_to_the_gpu(model):
         ((2, 33, 32, 3), torch.uint8, "uint8 [2, 33, 32, 3]"),
         ((2, 32, 33, 3), torch.uint8, "uint8 [2, 32, 33, 3]"),
         ((2, 28, 28, 1), torch.uint8, "uint8 [2, 28, 28, 1]"),
-        ((2, 28, 28), torch.uint8, "uint8 [2, 28, 28, 1]"),
+        ((2, 28, 28), torch.uint8, "uint8 [2, 28, 28]"),
+        ((28, 28, 3), torch.uint8, "uint8 [28, 28, 3]"),
         ((2, 3, 28, 28), torch.uint8, "uint8 [2, 3, 28, 28]"),
     ],
     ids=[
@@ -158,11 +171,12 @@ def test_preprocess_goes_to_the_gpu(model):
         "too wide",
         "one channel",
         "no channel",
+        "one image with channels",
         "channels first",
     ],
 )
 def test_preprocess_rejects_wrong_images(shape, dtype, got):
-    expected = r"^images: expected uint8 \[N, H, W\] or \[N, H, W, 3\] of at most 32x32, got (torch\.)?"
+    expected = r"^images: expected uint8 \[N, H, W, 3\] of at most 32x32, got (torch\.)?"
     for images in (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype).numpy()):
         with pytest.raises(ValueError, match=expected + re.escape(got) + "$"):
             spnet.preprocess(recorded(3), images)
