@@ -91,6 +91,10 @@ class TrainConfig:
             # Infinity or NaN would show as a loss that is not finite, many steps later and by another name.
             if not all(0 <= v < math.inf for v in (value if isinstance(value, tuple) else (value,))):
                 raise ValueError(f"{name}: expected at least 0 and finite, got {value}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed: expected -2**63 to 2**64 - 1, got {self.seed}")
+        if any(epoch < 0 for epoch in self.milestones):
+            raise ValueError(f"milestones: expected epochs, 0 or later, got {self.milestones}")
         if not self.gradient_clamp > 0:
             raise ValueError(f"gradient_clamp: expected a positive value, got {self.gradient_clamp}")
 
