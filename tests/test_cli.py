@@ -147,6 +147,6 @@ def test_a_reader_that_has_read_enough_is_no_error():
 
 def test_device_that_is_not_there_is_one_line(tmp_path, data):
     train = ("train", "--data", "fashion-mnist", "--data-root", data, "--model", "resnet20_cifar", "--batch-size", "32")
-    for device in ("tpu", f"cuda:{torch.cuda.device_count()}"):
+    for device in ("tpu", "meta", f"cuda:{torch.cuda.device_count()}"):
         assert f"device: cannot use '{device}' here" in fail(*train, "--out", str(tmp_path / "run"), "--device", device)
     assert not (tmp_path / "run").exists()

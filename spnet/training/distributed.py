@@ -26,7 +26,7 @@ def usable_device(name: str | torch.device) -> torch.device:
         ValueError: there is none, or this PyTorch cannot use it.
     """
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # which "meta" has not
         return torch.device(name)
     except (RuntimeError, AssertionError) as e:  # of a PyTorch without CUDA the second
         raise ValueError(f"device: cannot use {name!r} here ({str(e).splitlines()[0]})") from e
