@@ -59,7 +59,7 @@ class TrainConfig:
     compile: bool = _setting(False, "torch.compile of the training forwards.")
     accumulate: int = _setting(1, "Micro-batches per step, each with its own BatchNorm statistics and rates.")
     sync_batchnorm: bool = _setting(False, "BatchNorm over the samples of all ranks, not of each.")
-    device: str = _setting("cpu", "cpu, or cuda.")
+    device: str = _setting("cpu", "cpu, or cuda; with torchrun every rank takes a GPU of its own.")
     seed: int = _setting(0, "Of weights, order, augmentation and routers.")
     log_every: int = _setting(50, "Steps between two lines of the log.")
     checkpoint_every: int = _setting(200, "Steps between two checkpoints; an epoch's end is always one.")

@@ -59,19 +59,23 @@ def job(device: str) -> Iterator[None]:
     """Be one rank of the job that torchrun started, or alone without it.
 
     Args:
-        device: "cpu" joins by gloo; "cuda" by NCCL, and takes the GPU of the local rank.
+        device: "cpu" joins by gloo; "cuda" by NCCL, and takes the GPU of the local rank, so it has no number.
 
     A job on several nodes restarts only with ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` set for torchrun and
     ``--rdzv-backend c10d``.
 
     Raises:
         ConnectionError: another rank died, was lost, or the ranks did not meet.
-        ValueError: no GPU for this rank.
+        ValueError: no GPU for this rank, or one by its number for all.
     """
     if not dist.is_torchelastic_launched():
         yield
         return
     cuda = device.startswith("cuda")
+    if cuda and device != "cuda":
+        raise ValueError(
+            f"device: expected 'cuda' in a job, in which every rank takes a GPU of its own, got {device!r}"
+        )
     if cuda:
         torch.cuda.set_device(usable_device(f"cuda:{os.environ['LOCAL_RANK']}"))
     try:

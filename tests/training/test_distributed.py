@@ -278,6 +278,14 @@ def test_torchrun_restarts_and_resumes_after_the_death_of_a_rank(tmp_path):
     assert load_state(tmp_path / "run" / "last")["step"] == 4
 
 
+def test_one_gpu_for_all_ranks(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match=r"^device: expected 'cuda' in a job, .* got 'cuda:1'$"):
+        with distributed.job("cuda:1"):
+            pass
+
+
 def test_job_that_cannot_be_joined(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken.getsockname()[1], "TORCHELASTIC_RUN_ID": "a job"}
