@@ -132,12 +132,12 @@ def _numbers(kind: type):
 
 @main.command(context_settings={"show_default": False})
 @click.option(
-    "--preset", type=click.Choice(list(PRESETS)), default="cifar", help="Supplies what is not given, see brackets."
+    "--preset", type=click.Choice(list(PRESETS)), help="Supplies what is not given, see brackets; default: cifar."
 )
 @click.option("--config", "file", type=click.Path(exists=True), help="Settings saved by a run, instead of a preset.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
 @_config_options
-def train(preset: str, file: str | None, resume: bool, **settings) -> None:
+def train(preset: str | None, file: str | None, resume: bool, **settings) -> None:
     """Train a network; the settings are those of spnet.training.TrainConfig.
 
     \b
@@ -155,9 +155,11 @@ def train(preset: str, file: str | None, resume: bool, **settings) -> None:
     """
     settings = {k: v for k, v in settings.items() if v is not None}
     if file is not None:
+        if preset is not None:
+            raise click.UsageError("--config: stands instead of a preset, so --preset has no effect; give one of them")
         config = dataclasses.replace(TrainConfig.load(file), **settings)
     else:
-        config = TrainConfig.preset(preset, **settings)
+        config = TrainConfig.preset(preset or "cifar", **settings)
     with distributed.job(config.device):
         # After a rank's death torchrun starts all of them again, by the same command.
         restarted = distributed.restarted()

@@ -94,6 +94,7 @@ def test_train_eval_paths(tmp_path, data):
     assert config["amp"] is False
     assert "holds a run already" in fail(*routed)
     assert "other settings: lr" in fail(*routed, "--lr", "1", "--resume")
+    assert "instead of a preset" in fail("train", "--config", f"{out}/config.json", "--preset", "cifar", "--resume")
     run("train", "--config", f"{out}/config.json", "--resume")
     assert f"networks are {out}/best and {out}/last" in fail("eval", out, *data_set)
     assert "every sample executes everything" in run("info", f"{static}/best")
