@@ -176,6 +176,12 @@ class Trainer:
             raise ValueError(
                 f"stage_weights: expected {stages}, one per stage of {config.model}, got {len(config.stage_weights)}"
             )
+        counts = config.weight_evolution and not config.static
+        if counts and config.evolution == "across" and self.model.align is None:
+            raise ValueError(
+                "evolution: expected 'within', as 'across' compares stages aligned to one width, which "
+                f"{config.model} does not have, got 'across'"
+            )
         self.model.data = {"class_names": list(t.class_names), "mean": list(t.mean), "std": list(t.std)}
         if config.init is not None:
             load_static_weights(self.model, config.init)

@@ -580,8 +580,12 @@ def test_settings_that_do_not_fit(tmp_path):
         make_trainer(run, evolution="between")
     with pytest.raises(ValueError, match="unknown model 'resnet20'; did you mean resnet20_cifar"):
         make_trainer(run, model="resnet20")
-    with pytest.raises(ValueError, match=r"stage_features: expected stages aligned to one width, got \[16, 32, 64\]"):
-        make_trainer(run, evolution="across").fit()
+    with pytest.raises(
+        ValueError, match=r"evolution: expected 'within', .* resnet20_cifar does not have, got 'across'"
+    ):
+        make_trainer(run, evolution="across")
+    for unused in (dict(static=True), dict(weight_evolution=0)):
+        make_trainer(run, evolution="across", **unused)
 
 
 # ------------------------------------------------------------------------------------ interrupted, and gone on
