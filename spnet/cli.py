@@ -23,7 +23,7 @@ from spnet.models.hub import model_card
 from spnet.routing import routed_blocks
 from spnet.training import TrainConfig, Trainer, distributed, evaluate
 from spnet.training.config import PRESETS
-from spnet.training.data import DATASETS, make_loader
+from spnet.training.data import DATASETS, FolderLoader, Loader, make_loader
 from spnet.training.report import FirstImages, easiest_and_hardest, read_images, write_report
 
 
@@ -58,6 +58,15 @@ def _load(folder: str) -> spnet.SPNet:
     if path.exists():
         raise FileNotFoundError(f"model: {folder} is no model folder, as there is no {CONFIG} in it")
     return spnet.load_pretrained(folder)
+
+
+def _test_loader(network: spnet.SPNet, data: str, root: str | None, batch_size: int) -> Loader | FolderLoader:
+    loader = make_loader(data, "test", root=root, batch_size=batch_size, image_size=network.input_size)
+    if loader.num_classes != network.num_classes:  # the labels of fewer classes would pass for the network's first ones
+        raise ValueError(
+            f"data: expected the network's {network.num_classes} classes, got {loader.num_classes} in {data}"
+        )
+    return loader
 
 
 def _data_options(command):
@@ -199,7 +208,7 @@ def evaluate_(model: str, data: str, data_root: str | None, batch_size: int, imp
       spnet eval fashion-mnist --data fashion-mnist
     """
     network = _load(model)
-    loader = make_loader(data, "test", root=data_root, batch_size=batch_size, image_size=network.input_size)
+    loader = _test_loader(network, data, data_root, batch_size)
     click.echo(_describe(evaluate(network, loader, impl=impl, threshold=threshold)))
 
 
@@ -220,7 +229,7 @@ def paths(
       spnet paths runs/spnet/best --data cifar10 --card runs/spnet/best/README.md
     """
     network = _load(model)
-    loader = make_loader(data, "test", root=data_root, batch_size=batch_size, image_size=network.input_size)
+    loader = _test_loader(network, data, data_root, batch_size)
     stats = spnet.paths(network, FirstImages(loader, limit))
     click.echo(stats)
     if card is not None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import spnet
 from spnet.cli import main
 from spnet.training import TrainConfig
 from spnet.training.data import DATASETS
@@ -130,6 +131,14 @@ def test_errors_are_one_line(tmp_path):
         assert all(name in fail(*command, "--data", "mnist") for name in DATASETS)
     assert "resnet110_cifar" in fail("train", "--model", "resnet110")
     assert "'final', 'equal'" in fail("train", "--pairing", "first")
+
+
+@pytest.mark.parametrize("command", ["eval", "paths"])
+def test_data_of_other_classes(tmp_path, data, command):
+    """Labels 0 to 9 are also of the first classes of a network of 100."""
+    spnet.save_model(spnet.create_model("resnet20_cifar", in_channels=1, num_classes=100), tmp_path / "net")
+    text = fail(command, str(tmp_path / "net"), "--data-root", data)
+    assert "data: expected the network's 100 classes, got 10 in fashion-mnist" in text
 
 
 def test_files_and_folders_in_the_way_are_one_line(tmp_path, data):
