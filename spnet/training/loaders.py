@@ -68,7 +68,9 @@ class _EpochLoader(ABC):
         self.batch_size, self.drop_last = batch_size, drop_last
         self.train, self.seed = train, seed
         self.device = torch.device(device)
-        self.class_names, self.num_classes = tuple(class_names), len(class_names)
+        # Of folders, whose names may hold bytes that are no UTF-8: neither a page nor a picture can show those.
+        names = (str(n).encode("utf-8", "surrogateescape").decode("utf-8", "replace") for n in class_names)
+        self.class_names, self.num_classes = tuple(names), len(class_names)
         self.mean, self.std, self.in_channels = mean, std, len(mean)
         self.input_size = input_size
         self.bad_shards = 0  # that this rank has found

@@ -220,6 +220,11 @@ def test_folder_loader_order_and_attributes():
     assert all(len(set(o)) == 18 for o in orders)
 
 
+def test_class_names_of_folders_whose_names_are_no_utf8():
+    names = [b"caf\xe9".decode("utf-8", "surrogateescape"), "th\u00e9"]
+    assert FolderLoader(DecodedImages(), names, 4, train=False).class_names == ("caf\ufffd", "th\u00e9")
+
+
 def test_folder_loader_resumes_and_leaves_the_global_generator_alone():
     whole = list(folder_loader(seed=2).epoch(1))
     state = torch.get_rng_state()
