@@ -124,7 +124,8 @@ def write_report(
     parts += ["<h2>Settings</h2>", _table({k: str(v) for k, v in dataclasses.asdict(config).items()})]
     out = run / "report.html" if out is None else Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_PAGE.format(title=escape(f"{config.model} on {config.data}"), body="\n".join(parts)))
+    page = _PAGE.format(title=escape(f"{config.model} on {config.data}"), body="\n".join(parts))
+    out.write_bytes(page.encode("utf-8", "replace"))  # as it says itself, whatever the locale's encoding is
     return out
 
 

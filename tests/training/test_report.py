@@ -1,10 +1,12 @@
 """The page about a run: what it says is what the log says, and a browser shows all of it without a network."""
 
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 from html import unescape
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from click.testing import CliRunner
 from test_trainer import log_of, make_set, make_trainer
 
 from spnet.cli import main
+from spnet.training import TrainConfig
 from spnet.training.data import Loader
 from spnet.training.report import write_report
 
@@ -50,6 +53,16 @@ def test_page(run):
     assert [p.startswith(name) for p, name in zip(pictures(page), PICTURES, strict=True)] == [True] * len(PICTURES)
     assert "<h2>Paths of 24 samples</h2>" in page.read_text()
     assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page.read_text()) == []
+
+
+def test_page_is_utf8_in_any_locale(run, tmp_path, monkeypatch):
+    elsewhere = shutil.copytree(run, tmp_path / "copy", symlinks=True)
+    config = TrainConfig.load(run / "config.json")
+    # The end is how a name that is no UTF-8 arrives.
+    dataclasses.replace(config, data_root="größe \udce9").save(elsewhere / "config.json")
+    monkeypatch.setattr(Path, "write_text", lambda *args: pytest.fail("in the locale's encoding"))
+    page = write_report(elsewhere, tmp_path / "page.html", loader=held_out(), limit=2)
+    assert "größe ?</td>" in page.read_bytes().decode("utf-8")
 
 
 def test_limit(run, tmp_path):
