@@ -18,7 +18,7 @@ from spnet.analysis.macs import count_macs, format_macs
 from spnet.analysis.pictures import write_pictures
 from spnet.api import IMPLEMENTATIONS
 from spnet.demo import run_demo
-from spnet.models.files import CONFIG
+from spnet.models.files import CONFIG, write_whole
 from spnet.models.hub import model_card
 from spnet.routing import routed_blocks
 from spnet.training import TrainConfig, Trainer, distributed, evaluate
@@ -233,7 +233,8 @@ def paths(
     stats = spnet.paths(network, FirstImages(loader, limit))
     click.echo(stats)
     if card is not None:
-        card.write_text(model_card(network, stats))
+        card.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(card, model_card(network, stats).encode())
     shown = easiest_and_hardest(stats)
     for path in write_pictures(stats, read_images(loader, shown), out, shown):
         click.echo(path)

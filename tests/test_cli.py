@@ -101,11 +101,11 @@ def test_train_eval_paths(tmp_path, data):
     assert "every sample executes everything" in run("info", f"{static}/best")
     text = run("eval", f"{out}/best", *data_set)
     assert "32 samples: accuracy" in text
-    card = tmp_path / "README.md"
+    card = tmp_path / "new" / "README.md"
     pictures = ["--out", str(tmp_path / "pictures"), "--card", str(card)]
     text = run("paths", f"{out}/best", *data_set, "--limit", "12", *pictures)
     assert text.startswith("12 samples")
-    assert text[: text.index(str(tmp_path))].strip() in card.read_text()
+    assert text[: text.index(str(tmp_path))].strip() in card.read_text(encoding="utf-8")
     assert (tmp_path / "pictures" / "rates.png").exists()
     page = tmp_path / "page.html"
     assert run("report", out, "--limit", "12", "--out", str(page)) == f"{page}\n"
