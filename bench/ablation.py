@@ -37,6 +37,7 @@ from spnet.analysis.stability import evolution_alignment
 from spnet.models.files import WEIGHTS, load_model, load_static_weights, write_whole
 from spnet.models.registry import create_model
 from spnet.training import Evaluation, TrainConfig, Trainer, evaluate
+from spnet.training.checkpoint import load_state
 from spnet.training.data import Loader, load_dataset
 from spnet.training.report import read_log
 
@@ -178,7 +179,9 @@ def _epochs(run: Path) -> list[dict]:
 
 
 def _trained(config: TrainConfig) -> bool:
-    return len(_epochs(Path(config.out))) == config.epochs
+    # By the checkpoint: an epoch is in the log before its weights are saved, which a full disk or a kill may prevent.
+    last = Path(config.out) / "last"
+    return last.exists() and load_state(last)["epoch"] == config.epochs
 
 
 def config_of_start(study: Study, seed: int) -> TrainConfig:

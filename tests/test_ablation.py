@@ -222,6 +222,22 @@ def test_run_that_fails_loses_no_other(small, ablation, monkeypatch, tmp_path):
     assert small(tmp_path)[1] == ["path-0.5", "evolution-0.5", "sp-net-0.5"]
 
 
+def test_full_disk_while_the_last_weights_are_saved(small, ablation, monkeypatch, tmp_path):
+    """All epochs are in the log, but the network is that of the epoch before."""
+    save = ablation._Watched._save
+
+    def full(self, best=False):
+        if self.run.name == "path-0.5" and self.epoch == 2:
+            raise OSError("No space left on device")
+        save(self, best)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ablation._Watched, "_save", full)
+        small(tmp_path, fails=True)
+    assert not (tmp_path / "finished" / "seed0-path-0.5.json").exists()
+    assert small(tmp_path)[1] == ["path-0.5", "evolution-0.5", "sp-net-0.5"]
+
+
 def test_kill_while_an_epoch_is_noted(small, ablation, monkeypatch, tmp_path):
     """Its line in the log is half there, and the epoch is trained again."""
     write = ablation._Watched._write
