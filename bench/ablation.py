@@ -393,19 +393,35 @@ def write(results: dict, out: Path) -> None:
     curves(results).savefig(out / "curves.png")
 
 
-def _numbers(context, parameter, text: str) -> tuple[float, ...]:
-    return tuple(map(float, text.split(",")))
+def _rates(context, parameter, text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(map(float, text.split(",")))
+    except ValueError as e:
+        raise click.BadParameter(str(e)) from e
+    if not all(0 <= rate <= 1 for rate in rates) or len(set(rates)) < len(rates):  # equal ones would share a folder
+        raise click.BadParameter(f"expected different rates in [0, 1], got {text}")
+    return rates
 
 
 @click.command()
 @click.option("--out", default="runs/ablation", help="Folder of the runs and of the results.")
 @click.option("--model", help="Default: resnet32_cifar on a GPU, resnet20_cifar on a CPU.")
-@click.option("--images", type=int, help="Training images, the first ones. Default: all on a GPU, 10240 on a CPU.")
-@click.option("--epochs", type=int, help="Default: 20 on a GPU, 6 on a CPU.")
-@click.option("--batch-size", type=int, default=TrainConfig.batch_size, show_default=True, help="Images per step.")
-@click.option("--seeds", type=int, default=3)
-@click.option("--rates", default="0.3,0.5,0.7", callback=_numbers, help="Target rates.")
-@click.option("--jobs", type=int, help="Networks trained at once. Default: 8 on a GPU, one per core on a CPU.")
+@click.option(
+    "--images", type=click.IntRange(1, 60000), help="Training images, the first. Default: all on a GPU, 10240 on a CPU."
+)
+@click.option("--epochs", type=click.IntRange(1), help="Default: 20 on a GPU, 6 on a CPU.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=TrainConfig.batch_size,
+    show_default=True,
+    help="Images per step.",
+)
+@click.option("--seeds", type=click.IntRange(1), default=3)
+@click.option("--rates", default="0.3,0.5,0.7", callback=_rates, help="Target rates.")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Networks trained at once. Default: 8 on a GPU, one per core on a CPU."
+)
 @click.option("--minutes", type=float, default=math.inf, help="Begin no training after so many; go on another time.")
 @click.option("--report", is_flag=True, help="Only write the table and the curves again.")
 def main(out, model, images, epochs, batch_size, seeds, rates, jobs, minutes, report) -> None:

@@ -203,6 +203,25 @@ def test_folder_of_another_study(small, tmp_path):
     assert trained == []
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--images 70000", "1<=x<=60000"),
+        ("--epochs 0", "x>=1"),
+        ("--seeds 0", "x>=1"),
+        ("--jobs 0", "x>=1"),
+        ("--batch-size 0", "x>=1"),
+        ("--rates half", "could not convert string to float: 'half'"),
+        ("--rates 0.5,1.5", "expected different rates in [0, 1], got 0.5,1.5"),
+        ("--rates 0.3,0.30", "expected different rates in [0, 1], got 0.3,0.30"),
+    ],
+)
+def test_options_out_of_range(ablation, tmp_path, option, told):
+    done = CliRunner().invoke(ablation.main, ["--out", str(tmp_path / "out"), *option.split()])
+    assert (done.exit_code, told in done.output) == (2, True), done.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_run_that_fails_loses_no_other(small, ablation, monkeypatch, tmp_path):
     fit = ablation._Watched.fit
 
