@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import signal
@@ -13,7 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -235,7 +236,7 @@ class Trainer:
             resume: go on from ``out/last``, bit-identically on a CPU; False expects an unused folder.
 
         Raises:
-            FileExistsError: the folder holds a run already and resume is False.
+            FileExistsError: the folder holds a run already and resume is False, or another process trains in it.
             ValueError: resuming a run of other settings (names them), or a damaged checkpoint or log.
             FloatingPointError: a loss term or the weights are not finite; the last checkpoint stays.
             OSError: a full disk, say; the last checkpoint stays.
@@ -245,13 +246,18 @@ class Trainer:
             self._resume()
         elif (self.run / "last").exists():
             raise FileExistsError(f"out: {self.run} holds a run already; resume it or name another folder")
-        evaluation = None
+        evaluation, restarted = None, distributed.restarted()
         with ExitStack() as stack:
             stack.enter_context(self._stopping_on_sigterm())
             if self.rank == 0:
                 self.run.mkdir(parents=True, exist_ok=True)
+                self._log = stack.enter_context(open(self.run / "log.jsonl", "r+b" if resume else "ab"))
+                self._lock(wait=restarted)
+                if resume:
+                    _cut_log(self._log, self.step)
+                else:
+                    self._log.truncate(0)
                 self.config.save(self.run / "config.json")
-                self._log = stack.enter_context(open(self.run / "log.jsonl", "a" if resume else "w"))
                 board = SummaryWriter(self.run / "tensorboard", purge_step=self.step + 1)
                 self._board = stack.enter_context(board)
             while self.epoch < self.config.epochs:
@@ -389,7 +395,7 @@ class Trainer:
     def _write(self, kind: str, step: int, **values: Any) -> None:
         if self.rank:
             return
-        self._log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._log.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
         self._log.flush()
 
         def scalars(prefix: str, value: Any) -> None:
@@ -403,6 +409,17 @@ class Trainer:
                 self._board.add_scalar(prefix, value, step)
 
         scalars(kind, values)
+
+    def _lock(self, wait: bool) -> None:
+        """Be the only process that writes into the run's folder: two would sweep up each other's checkpoints."""
+        try:
+            # Of this process alone, where flock would stay with loader workers that outlive a kill. A restarted job
+            # waits: a file server may take a while to notice that the rank before is dead.
+            fcntl.lockf(self._log, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            raise FileExistsError(
+                f"out: another process trains in {self.run}; wait for its end or name another folder"
+            ) from e
 
     def _save(self, best: bool = False) -> None:
         if self.rank:
@@ -424,7 +441,7 @@ class Trainer:
         save_checkpoint(self.run, self.model, state, best=best)
 
     def _resume(self) -> None:
-        """Take up the checkpoint ``last`` and cut the log where it stands: the rest will be written again."""
+        """Take up the checkpoint ``last``."""
         last = self.run / "last"
         state = load_state(last)
         differences = self.config.differences(TrainConfig.load(self.run / "config.json"))
@@ -445,22 +462,22 @@ class Trainer:
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"resume: {last} is no checkpoint of this run ({e!r})") from e
-        if self.rank == 0:
-            _cut_log(self.run / "log.jsonl", self.step)
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and what a kill left of a line; in place, so that no line can be lost."""
+def _cut_log(log: BinaryIO, step: int) -> None:
+    """Drop the lines of later steps, which will be written again, and what a kill left of a line, and stand there.
+
+    In place, so that no line can be lost.
+    """
     end = 0
-    with open(path, "r+b") as log:
-        try:
-            for line in log:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-                end += len(line)
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"resume: {path} is not the log of a training run ({e!r})") from e
-        log.truncate(end)
+    try:
+        for line in log:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"resume: {log.name} is not the log of a training run ({e!r})") from e
+    log.seek(log.truncate(end))
 
 
 def _amp_dtype(device: torch.device) -> torch.dtype | None:

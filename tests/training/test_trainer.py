@@ -282,6 +282,23 @@ def test_folder_in_use(straight):
     assert sorted((p, p.stat().st_mtime_ns) for p in straight[0].rglob("*")) == before
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_two_runs_in_one_folder(straight, tmp_path, resume):
+    run = copy_of(straight[0], tmp_path / "run")
+    if not resume:
+        (run / "last").unlink()
+    before = log_of(run)
+    held = "import fcntl, sys; log = open(sys.argv[1], 'ab'); fcntl.lockf(log, fcntl.LOCK_EX); print(); input()"
+    command = [sys.executable, "-c", held, run / "log.jsonl"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(FileExistsError, match=f"out: another process trains in {run}; wait for its end"):
+            make_trainer(run).fit(resume=resume)
+        assert log_of(run) == before
+        other.stdin.close()
+    make_trainer(run).fit(resume=resume)
+
+
 def test_same_seed_same_run(straight, tmp_path):
     make_trainer(tmp_path).fit()
     assert_same_run(straight[0], tmp_path)
