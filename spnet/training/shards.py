@@ -134,7 +134,7 @@ def _index(url: str) -> tuple[str, Shard | str]:
         stamp = f"{os.path.abspath(url)} {url_stat.st_size} {url_stat.st_mtime_ns}"
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spnet" / "shards"
     kept = base / f"{hashlib.blake2b((stamp or url).encode(), digest_size=16).hexdigest()}.json"
-    with suppress(OSError):
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or no longer what was written
         found = json.loads(kept.read_text())
         return url, Shard(url, found["samples"], tuple(found["labels"]))
     try:

@@ -215,6 +215,16 @@ def test_what_was_found_is_kept_while_the_file_stays(folder, monkeypatch):
     assert opened == [str(folder / "train-2.tar")]
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"samples": 3}'])
+def test_what_was_found_is_found_again_where_it_is_damaged(folder, monkeypatch, tmp_path, text):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    urls = find_shards(folder, "train")
+    first = index_shards(urls)
+    for kept in (tmp_path / "cache").rglob("*.json"):
+        kept.write_text(text)
+    assert index_shards(urls) == first
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 def test_shards_of_a_url(folder, tmp_path):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
