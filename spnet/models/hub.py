@@ -66,7 +66,7 @@ def model_card(model: SPNet, statistics: PathStatistics | None = None) -> str:
     shape = f"[B, {model.in_channels}, {size}, {size}]"
     bodies = sum(b.body for b in macs.blocks)
     rows = {
-        "input": f"{shape}, {str(model.heads[-1].weight.dtype).removeprefix('torch.')}",
+        "input": f"{shape}, float32",  # as from_pretrained reads the network, whatever its weights are kept in
         "pixels": "normalised in training by mean and std that are not recorded",
         "classes": str(model.num_classes),
         "parameters": f"{macs.parameters:,}, stage heads for training included",

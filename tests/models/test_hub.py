@@ -110,6 +110,13 @@ def test_card_tells_what_the_network_is(network):
     assert f"executed, {skipped / 1e6:.4g} MMACs with none |" in card
 
 
+def test_card_of_a_network_of_another_dtype(tmp_path, network):
+    """It is read in float32, so that is what the input must be."""
+    network.bfloat16().save_pretrained(tmp_path)
+    assert "| input | [B, 1, 32, 32], float32 |" in (tmp_path / CARD).read_text()
+    assert spnet.fast_forward(spnet.SPNet.from_pretrained(tmp_path), torch.zeros(1, 1, 32, 32)).shape == (1, 10)
+
+
 def test_card_of_a_compiled_network(network):
     wrapper = torch.nn.ModuleDict({"_orig_mod": network})  # without the seconds that importing the compiler takes
     assert model_card(wrapper) == model_card(network)
