@@ -199,6 +199,12 @@ def format_macs(macs: Macs) -> str:
     return "\n".join([*lines, f"dense: {cost} per sample; {macs.parameters:,} parameters"])
 
 
+def mega(macs: float, digits: int = 4) -> str:
+    """Millions, with so many significant digits or all before the point: no 1.56e+04."""
+    millions = macs / 1e6
+    return f"{millions:.{digits}g}" if millions < 10 ** (digits - 1) else f"{millions:.0f}"
+
+
 def align(rows: list[tuple[str, ...]]) -> list[str]:
     """Lines of a table whose first column is flush left and whose others are flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

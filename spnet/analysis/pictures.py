@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from spnet.analysis.macs import mega
 from spnet.analysis.paths import PathStatistics, short_names, shorten
 
 WIDTH = 8  # inches; with DPI 150 a page that is 800 pixels wide shows text of 9 points at 12 pixels
@@ -103,9 +104,9 @@ def cost_histogram(stats: PathStatistics) -> Figure:
     edges = fixed + step * (np.arange(bins + 1) - 0.5)
     cost = stats.macs.numpy() / 1e6
     ax.hist(np.clip(cost, fixed, dense), edges, color=BLUE, edgecolor="white", linewidth=0.8)
-    mean = f"mean {cost.mean():.3g} ({stats.fraction:.0%} of dense)"
+    mean = f"mean {mega(1e6 * cost.mean(), 3)} ({stats.fraction:.0%} of dense)"
     ax.axvline(cost.mean(), color="black", linewidth=1.5, label=mean)
-    ax.axvline(dense, color=RED, linewidth=1.5, linestyle="--", label=f"dense {dense:.3g}")
+    ax.axvline(dense, color=RED, linewidth=1.5, linestyle="--", label=f"dense {mega(stats.dense_macs, 3)}")
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9, borderpad=0)
     ax.set_xlim(min(fixed - step, 0), dense + step)
     ax.set_xlabel("cost per sample, MMACs", size=9)

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spnet.analysis.macs import count_macs
+from spnet.analysis.macs import count_macs, mega
 from spnet.models.files import CONFIG, WEIGHTS, load_model, save_model, write_whole
 from spnet.models.resnet import SPNet
 from spnet.routing import routed_blocks, unwrapped
@@ -70,10 +70,10 @@ def model_card(model: SPNet, statistics: PathStatistics | None = None) -> str:
         "pixels": "normalised in training by mean and std that are not recorded",
         "classes": str(model.num_classes),
         "parameters": f"{macs.parameters:,}, stage heads for training included",
-        "cost per image": f"{_mega(macs.dense)} MMACs ({_mega(macs.flops)} MFLOPs, counted as 2 x MACs)",
+        "cost per image": f"{mega(macs.dense)} MMACs ({mega(macs.flops)} MFLOPs, counted as 2 x MACs)",
     }
     if routed:
-        rows["cost per image"] += f" with every block executed, {_mega(macs.dense - bodies)} MMACs with none"
+        rows["cost per image"] += f" with every block executed, {mega(macs.dense - bodies)} MMACs with none"
     if model.data is not None:
         mean, std = (", ".join(f"{v:g}" for v in model.data[key]) for key in ("mean", "std"))
         rows["pixels"] = f"divided by 255, then normalised by mean {mean} and std {std}"
@@ -129,7 +129,3 @@ model = spnet.SPNet.from_pretrained("this folder, or owner/name")
 {run}
 ```
 """
-
-
-def _mega(macs: int) -> str:
-    return f"{macs / 1e6:.4g}"

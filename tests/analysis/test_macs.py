@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import spnet
-from spnet.analysis.macs import count_macs, format_macs
+from spnet.analysis.macs import count_macs, format_macs, mega
 
 
 def conv(kernel: int, in_channels: int, out_channels: int, side: int) -> int:
@@ -301,6 +301,20 @@ def test_totals_name_macs_and_flops():
     assert "0.253 GMAC" in total
     assert "0.506 GFLOPs" in total
     assert "2 x MACs" in total
+
+
+@pytest.mark.parametrize(
+    ("macs", "digits", "text"),
+    [
+        (0, 4, "0"),
+        (253_412_352, 4, "253.4"),
+        (999_960_000, 4, "1000"),
+        (15_610_499_999, 4, "15610"),
+        (4.0892e9, 3, "4089"),
+    ],
+)
+def test_millions_without_an_exponent(macs, digits, text):
+    assert mega(macs, digits) == text
 
 
 def test_table_of_a_static_network():
