@@ -107,14 +107,14 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, or an editor since: UTF-8, also with a mark of that and with Windows line ends.
 
         Raises:
             FileNotFoundError: nothing there.
             ValueError: no JSON, an unknown setting, or a value of another type or outside its range.
         """
         try:
-            return cls(**json.loads(Path(path).read_text()))
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8-sig")))
         except (ValueError, TypeError) as e:
             raise ValueError(f"{path}: not the settings of a training run ({e})") from e
 

@@ -112,6 +112,13 @@ def test_file_round_trip(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()).keys() == dataclasses.asdict(c).keys()
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_file_of_an_editor(tmp_path, mark):
+    text = mark + '{\r\n  "epochs": 3,\r\n  "data_root": "größe"\r\n}\r\n'
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8"))
+    assert TrainConfig.load(tmp_path / "config.json") == TrainConfig(epochs=3, data_root="größe")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"epoch": 3}', '{"epochs": 0}', '{"epochs": null}'])
 def test_damaged_file(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
