@@ -356,6 +356,11 @@ class Trainer:
             self.auxiliary.update(self.model)
         self.optimizer.zero_grad()
         n, values = self.config.accumulate, []
+        if len(x) % n:  # parts of other sizes, or fewer, would count with a wrong weight
+            raise ValueError(
+                f"train_loader: expected batches of {n} equal micro-batches, got one of {len(x)} images; "
+                "leave out a last batch that is not full"
+            )
         for part in zip(x.chunk(n), labels.chunk(n), strict=True):
             # Only the last micro-batch's backward averages the gradients over the ranks: they hold all of it by then.
             last = len(values) == n - 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import io
 import json
 import math
@@ -407,6 +408,15 @@ def test_accumulation_takes_the_step_of_the_whole_batch(monkeypatch, tmp_path):
         assert got.pop("rates") == expected["rates"]
         assert got == pytest.approx({name: value for name, value in expected.items() if name != "rates"}, rel=1e-4)
         assert (weights[n] - weights[0]).norm() <= 1e-3 * (weights[0] - start).norm()
+
+
+@pytest.mark.parametrize("images", [9, 13])  # a last batch of 1, or of 5, in 4 micro-batches
+def test_accumulation_of_a_last_batch_that_is_not_full(tmp_path, images):
+    keeps = functools.partial(Loader, drop_last=False)
+    with pytest.raises(
+        ValueError, match=f"train_loader: expected batches of 4 .*, got one of {images - 8} images; leave"
+    ):
+        make_trainer(tmp_path, loader=keeps, images=images, accumulate=4).fit()
 
 
 def test_rates_of_accumulation_are_those_of_a_micro_batch(tmp_path):
