@@ -19,15 +19,17 @@ from spnet.models.files import load_weights
 from spnet.models.registry import create_model, list_models
 from spnet.models.resnet import SPNet
 
+_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+
 
 def load_official(path_or_state_dict: str | os.PathLike | Mapping) -> SPNet:
     """Read weights of the official SP-Net code or of ConvNet-AIG: the network in evaluation mode, float32, on the CPU.
 
     Depth, widths, classes, input channels, kind of body and shortcut and the routers' width follow from the names
     and shapes. Accepted are heads called ``linear`` or ``fc``, shortcuts called ``shortcut`` or ``downsample``,
-    routers of linear layers or 1x1 convolutions, names under ``module.`` (DataParallel) and a checkpoint whose
-    ``"state_dict"`` holds the weights; its other entries (epoch, optimiser) are ignored. A file is read without
-    running any code in it.
+    routers of linear layers or 1x1 convolutions, names under ``module.`` (DataParallel) or ``_orig_mod.``
+    (torch.compile), and a checkpoint whose ``"state_dict"`` holds the weights; its other entries (epoch, optimiser) are
+    ignored. A file is read without running any code in it.
 
     ``model(x)`` gives the original's main logits for the original's decisions, which are taken without noise, as
     SP-Net does in evaluation; ConvNet-AIG's own script adds Gumbel noise there too.
@@ -106,8 +108,8 @@ def _unwrap(checkpoint: Mapping) -> tuple[str, dict[str, Tensor], list[str]]:
     tensors = {k: t for k, t in state.items() if isinstance(k, str) and isinstance(t, Tensor)}
     foreign = [str(k) for k in state if k not in tensors]
     prefix = ""
-    while tensors and all(k.startswith(prefix + "module.") for k in tensors):
-        prefix += "module."
+    while tensors and (wrapper := next((w for w in _WRAPPERS if all(k.startswith(prefix + w) for k in tensors)), "")):
+        prefix += wrapper
     weights = {k.removeprefix(prefix): t for k, t in tensors.items()}
     for k, t in weights.items():
         # A router of 1x1 convolutions is its linear layers with two axes more.

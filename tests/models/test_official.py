@@ -229,12 +229,24 @@ def wrapped(state):
         wrapped,
         lambda s: {"module." + k: t for k, t in s.items()},
         lambda s: {"module.module." + k: t for k, t in s.items()},
+        lambda s: {"_orig_mod." + k: t for k, t in s.items()},
+        lambda s: {"module._orig_mod." + k: t for k, t in s.items()},
         lambda s: {"state_dict": s},
         lambda s: {k: t for k, t in s.items() if not k.endswith("num_batches_tracked")},
         lambda s: {k: nn.Parameter(t, requires_grad=t.is_floating_point()) for k, t in s.items()},
         lambda s: {k: t.double() if t.is_floating_point() else t for k, t in s.items()},
     ],
-    ids=["wrapped", "module", "module twice", "wrapper only", "no counters", "parameters", "float64"],
+    ids=[
+        "wrapped",
+        "module",
+        "module twice",
+        "compiled",
+        "module of compiled",
+        "wrapper only",
+        "no counters",
+        "parameters",
+        "float64",
+    ],
 )
 def test_variants_of_the_state_dict(variant, state, twin, x):
     model = load_official(variant(state))
