@@ -113,7 +113,8 @@ def load_model(folder: str | Path) -> SPNet:
         model.load_state_dict(weights)
         model.data = described.get("data")
     except (ValueError, KeyError, TypeError, RuntimeError) as e:
-        raise ValueError(f"folder: {folder} does not describe its weights ({e})") from e
+        why = f"no {e} in {CONFIG}" if isinstance(e, KeyError) else e
+        raise ValueError(f"folder: {folder} does not describe its weights ({why})") from e
     return model.eval()
 
 

@@ -189,6 +189,12 @@ def test_damaged_description(folder, text):
         load_model(folder)
 
 
+def test_description_of_a_network_of_others(folder):
+    (folder / CONFIG).write_text('{"architectures": ["ResNet"]}')
+    with pytest.raises(ValueError, match=r"does not describe its weights \(no 'model' in config\.json\)"):
+        load_model(folder)
+
+
 def test_description_that_is_no_text(folder):
     (folder / CONFIG).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="folder: .* does not describe its weights"):
