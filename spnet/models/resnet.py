@@ -204,9 +204,12 @@ class SPNet(nn.Module):
                 pooled = Router.pool(x)
                 outputs.append(pooled)
             features.append(torch.stack(outputs, 1))
-            aligned = pooled if self.align is None or s == len(self.align) else self.align[s](pooled)
+            # Pooled vectors are float32 also of half-precision features; a linear layer takes its weights' dtype.
+            aligned, dtype = pooled, self.heads[s].weight.dtype
+            if self.align is not None and s < len(self.align):
+                aligned = self.align[s](pooled.to(dtype))
             stage_features.append(aligned)
-            stage_logits.append(self.heads[s](aligned))
+            stage_logits.append(self.heads[s](aligned.to(dtype)))
         batch = x.shape[0]
         return SPNetOutput(
             tuple(stage_logits),

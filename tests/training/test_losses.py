@@ -348,6 +348,23 @@ def test_of_a_network(name, batch):
     assert all(p.grad is None for p in auxiliary.parameters())
 
 
+@pytest.mark.parametrize("name", ["resnet20_cifar", "resnet18"])
+def test_of_a_network_in_bfloat16(name):
+    model = spnet.create_model(name, num_classes=3, input_size=32).bfloat16()
+    x = torch.randn(4, 3, 32, 32).bfloat16()
+    output, auxiliary = model(x), DynamicAuxiliary(model)(x)
+    form = dict(evolution_form="across") if name == "resnet18" else {}
+    total, terms = SPNetLoss(0.5, stage_weights=[1.0] * len(output.stage_logits), **form)(
+        output, torch.tensor([0, 1, 2, 0]), auxiliary
+    )
+    assert set(terms) == {"cls", "act", "path", "logits", "evo"}
+    assert total.isfinite()
+    total.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    in_evaluation = model.eval().forward_stages(x)
+    assert torch.equal(in_evaluation.stage_logits[-1], model(x))
+
+
 def test_static_network_has_only_the_classification_loss():
     model = spnet.create_model("resnet20_cifar", num_classes=4, in_channels=1, routed=False).train()
     total, terms = SPNetLoss(0.5)(model(torch.randn(2, 1, 32, 32)), torch.tensor([0, 3]))
