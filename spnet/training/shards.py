@@ -81,10 +81,11 @@ def find_shards(root: str | Path | None, split: Split) -> list[str]:
 
     shards = list(filter(belongs, urls))
     if not shards:
+        words, others = (" or ".join(map(repr, _WORDS[s])) for s in (split, "test" if split == "train" else "train"))
         found = "none named" if root is None else f"no shards for {split!r} in {root}"
         raise FileNotFoundError(
-            f"data_root: {found}. Expected tar files whose names or folders contain "
-            f"{' or '.join(map(repr, _WORDS[split]))}: a folder of them, or a pattern such as "
+            f"data_root: {found}. Expected tar files whose names, or else whose folders, contain {words} "
+            f"but not {others} (inside of another word either): a folder of them, or a pattern such as "
             "'https://host/{train-{000..146},val-{00..06}}.tar'."
         )
     return shards

@@ -134,6 +134,8 @@ def test_which_shards(tmp_path, folder):
         found = "none named" if root is None else f"no shards for 'test' in {root}"
         with pytest.raises(FileNotFoundError, match=f"data_root: {found}.* 'val' or 'test'"):
             find_shards(root, "test")
+    with pytest.raises(FileNotFoundError, match="'train' but not 'val' or 'test' .inside of another word either"):
+        find_shards("/a/latest-train-{0..1}.tar", "train")
 
 
 def spoil(folder, cut):
