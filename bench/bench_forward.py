@@ -13,6 +13,7 @@ import statistics
 import pytest
 import torch
 from competitors import Competitor, competitors, static_of_half_the_cost
+from networks import create
 from timing import in_rotation, matmul_gflops, minima, take_turns
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from spnet.routing import routed_blocks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU_DTYPES = [torch.float32] + [torch.bfloat16] * core.has_bfloat16()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE == "cuda" else CPU_DTYPES
-BATCHES = {"resnet110_cifar": (1, 16, 128), "resnet50": (1, 8, 32)}
+BATCHES = {"resnet110_cifar": (1, 16, 128), "resnet50": (1, 8, 32), "seresnet50d": (1, 8, 32)}
 if DEVICE == "cuda":
     BATCHES = {"resnet110_cifar": (1, 128, 1024), "resnet50": (1, 64, 256)}
 INPUTS = 2  # in rotation
@@ -58,15 +59,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @functools.cache
 def network(name: str, dtype: torch.dtype) -> spnet.SPNet:
-    """A network with the statistics of its own activations, so that many blocks neither explode nor vanish."""
-    torch.manual_seed(0)
-    model = spnet.create_model(name)
-    for m in model.modules():
-        if isinstance(m, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
-            m.momentum = 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(16, 3, model.input_size, model.input_size))
-    return model.eval().to(DEVICE, dtype)
+    return create(name).to(DEVICE, dtype)
 
 
 # Of one batch size at a time: the engines of all would not fit in memory.
@@ -91,9 +84,7 @@ def error_per_sample(got: Tensor, exact: Tensor) -> Tensor:
 def exact_logits(name: str, dtype: torch.dtype, seed: int, samples: int, executed: float) -> Tensor:
     """What the masked network gives in float64, which holds every float32 and bfloat16 weight."""
     model, (x, paths) = network(name, dtype), case(name, dtype, seed, samples, executed)
-    exact = spnet.create_model(**model.config).double().eval().to(DEVICE)
-    exact.load_state_dict(model.state_dict())
-    return spnet.fast_forward(exact, x.double(), impl="masked", paths=paths)
+    return spnet.fast_forward(copy.deepcopy(model).double(), x.double(), impl="masked", paths=paths)
 
 
 def case(name: str, dtype: torch.dtype, seed: int, samples: int, executed: float) -> tuple[Tensor, Tensor]:

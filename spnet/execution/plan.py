@@ -83,8 +83,12 @@ class Plan:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        check_device(torch.device(device), dtype)
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        try:
+            device = torch.device(device)
+        except RuntimeError as e:
+            raise ValueError(f"device: expected the CPU or CUDA, got {device!r}") from e
+        check_device(device, dtype)
+        if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"{device}: PyTorch finds no GPU")
         self.device = torch.empty(0, device=device).device  # "cuda" is the current one of them
         self.network = read_table(table)

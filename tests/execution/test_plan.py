@@ -102,6 +102,8 @@ def test_where_no_plan_can_be(network, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="path: no plan at"):
         spnet.load_plan(tmp_path)
     spnet.lower(network).save(tmp_path / "plan")
+    with pytest.raises(ValueError, match="device: expected the CPU or CUDA, got 'tpu'"):
+        spnet.load_plan(tmp_path / "plan", "tpu")
     with pytest.raises(ValueError, match="SPNET_EXPERIMENTAL_CUDA_WALK=1"):
         spnet.load_plan(tmp_path / "plan", "cuda")
     monkeypatch.setenv("SPNET_EXPERIMENTAL_CUDA_WALK", "1")

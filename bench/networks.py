@@ -1,0 +1,51 @@
+"""The networks that are measured, with random weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import spnet
+from spnet.routing import routed_blocks
+
+
+def create(name: str) -> spnet.SPNet:
+    """A network with the statistics of its own activations, so that many blocks neither explode nor vanish."""
+    torch.manual_seed(0)
+    model = _seresnet50d() if name == "seresnet50d" else spnet.create_model(name)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            m.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(16, 3, model.input_size, model.input_size))
+    return model.eval()
+
+
+def _seresnet50d() -> spnet.SPNet:
+    """ResNet-50 with the stem and the shortcuts of ResNet-D, and squeeze-and-excitation.
+
+    He et al., "Bag of Tricks for Image Classification", CVPR 2019; Hu et al., CVPR 2018.
+    """
+    model = spnet.create_model("resnet50")
+    layers = [layer for sizes in ((3, 32, 2), (32, 32, 1), (32, 64, 1)) for layer in (*_conv_bn(*sizes), nn.ReLU())]
+    model.features.stem = nn.Sequential(*layers, nn.MaxPool2d(3, 2, 1))
+    for block in routed_blocks(model).values():
+        convolutions = [layer for layer in block.body if isinstance(layer, nn.Conv2d)]
+        channels, out = convolutions[0].in_channels, convolutions[-1].out_channels
+        if convolutions[1].stride[0] == 2:
+            block.shortcut = nn.Sequential(nn.AvgPool2d(2), *_conv_bn(channels, out, kernel=1))
+        block.body.append(_SqueezeExcitation(out))
+    return model
+
+
+def _conv_bn(cin: int, cout: int, stride: int = 1, kernel: int = 3) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(cout)
+
+
+class _SqueezeExcitation(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(channels, channels // 16, 1), nn.Conv2d(channels // 16, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
