@@ -139,15 +139,14 @@ PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
     }
   }
   const float* packed = packed_.back().get();
-  const float* bias = pack_vector(floats + shape.bias, cout);
+  PackedConv result{
+      packed, pack_vector(floats + shape.bias, cout), shape, vectors(cout), (to - packed) * 4, {}, {}};
   const PlanSqueeze& squeeze = shape.squeeze;
-  return {packed,
-          bias,
-          shape,
-          vectors(cout),
-          (to - packed) * 4,
-          pack_linear(floats, squeeze.weight1, squeeze.bias1, cout, squeeze.width),
-          pack_linear(floats, squeeze.weight2, squeeze.bias2, squeeze.width, cout)};
+  if (squeeze.width > 0) {
+    result.squeeze = pack_linear(floats, squeeze.weight1, squeeze.bias1, cout, squeeze.width);
+    result.excite = pack_linear(floats, squeeze.weight2, squeeze.bias2, squeeze.width, cout);
+  }
+  return result;
 }
 
 const float* PackedPlan::pack_vector(const float* values, int64_t n) {

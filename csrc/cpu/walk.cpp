@@ -167,7 +167,7 @@ class Walk {
         shape(workspace_.samples[i].spare, block.shape.cout(), block.shape.out_height(),
               block.shape.out_width());
         // That of a sample whose body goes strip by strip is computed with it.
-        if (!block.is_heavy && (skips[i] || pooled(block)))
+        if (!block.is_heavy && (skips[i] || averages(block)))
           run_shortcut(block, &i, 1, 0, block.shape.out_height(), skips);
       }
       if (block.is_heavy) run_shortcut(block, all, samples_, 0, block.shape.out_height(), skips);
@@ -385,7 +385,7 @@ class Walk {
   }
 
   // Their averages lie where a body that goes strip by strip has its own maps, so they come before it.
-  static bool pooled(const PackedBlock& block) { return block.shape.shortcut == Shortcut::pooled; }
+  static bool averages(const PackedBlock& block) { return block.shape.shortcut == Shortcut::pooled; }
 
   // Rows [begin, end) of the spare maps of some samples; for those that skip the body they are the block's
   // result.
@@ -398,13 +398,13 @@ class Walk {
       PackedConv conv = block.projection;
       // Its pixels, one of four, are read again for every group of outputs: of heavy blocks from their own
       // map.
-      const bool gathers = pooled(block) || (block.is_heavy && conv.shape.stride > 1);
+      const bool gathers = averages(block) || (block.is_heavy && conv.shape.stride > 1);
       if (gathers) {
         for (int64_t i = 0; i < n; ++i) {
           const MapBuffer& state = workspace_.samples[samples[i]].state;
           MapBuffer& gathered = workspace_.middles[i][0];
           shape(gathered, conv.shape.cin, conv.shape.out_height, conv.shape.out_width);
-          if (pooled(block)) {
+          if (averages(block)) {
             run_means(block.shape, state, gathered);
           } else {
             run_pad(block.shape, state, gathered, conv.shape.cin, begin, end, nullptr);
@@ -509,7 +509,7 @@ class Walk {
         needed[j - 1] = block.squeezes ? body[j - 1].out_height : std::min(rows, body[j - 1].out_height);
       }
       for (int64_t j = 0; j <= last; ++j) {
-        if (j == last && !identity && !block.is_heavy && !pooled(block)) {
+        if (j == last && !identity && !block.is_heavy && !averages(block)) {
           run_shortcut(block, samples, n, done[j], needed[j], skips);
         }
         const bool squeezes = body[j].squeeze.width > 0, adds = j == last && !squeezes;
