@@ -220,12 +220,15 @@ class _Notes(TorchFunctionMode, Run):
         if not self.is_last(x):
             raise LoweringError(f"block {self._blocks} takes another tensor than the last one")
         steps, version = self.steps, x._version
-        body, _ = self._part("body", block.body, x)
+        body, added = self._part("body", block.body, x)
         self._pauses = type(block.shortcut) is PadShortcut
         shortcut, y = self._part("shortcut", block.shortcut, x)
         self._pauses = False
         if x._version != version:
             raise LoweringError(f"block {self._blocks} changes its input")
+        if added.shape != y.shape:  # a sum that PyTorch would spread over the larger one
+            sizes = f"{list(added.shape[1:])} to a shortcut of {list(y.shape[1:])}"
+            raise LoweringError(f"block {self._blocks} adds a body of {sizes}")
         activation, y = self._part("activation", block.activation, y)
         steps.append(Step("block", {"block": block, "body": body, "shortcut": shortcut, "activation": activation}))
         self.steps, self._place, self._blocks = steps, "the head", self._blocks + 1

@@ -152,6 +152,15 @@ class Variant(ResNet):
             block.bn3 = nn.Sequential(block.bn3, squeeze(block.conv3.out_channels))
 
 
+class Broadcast(Functional):
+    """Of 3x3 pixels rounds the averages of its shortcut down to one, which is added to all pixels of its body."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = Bottleneck(16, 8, 2)
+        self.layers.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(16, 16, 1))
+
+
 class Hard(SqueezeExcitation):
     def forward(self, x: Tensor) -> Tensor:
         return x * F.hardsigmoid(self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()))
@@ -444,6 +453,15 @@ def test_what_is_no_line_is_routed(make, reason):
     if make not in (Dropping, Both):
         agrees(model, x)
     assert spnet.explain(model, x).impl == "routed"
+
+
+def test_a_shortcut_of_another_size():
+    """Nothing but a sum that PyTorch spreads tells it from averages that are rounded up."""
+    model = routed(Broadcast())
+    agrees(model, torch.randn(3, 3, 4, 6))
+    message = r"block 0 adds a body of \[16, 2, 2\] to a shortcut of \[16, 1, 1\]"
+    with pytest.raises(spnet.LoweringError, match=message):
+        spnet.lower(model, (3, 3, 3))
 
 
 def test_a_forward_that_changes_its_attributes_is_routed():
