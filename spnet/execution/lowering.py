@@ -129,6 +129,7 @@ def _average_by_kernel(
 def _linear(input, weight, bias=None): ...
 def _sigmoid(input): ...
 def _scale(input, other): ...
+def _expand(input, *sizes, **options): ...
 def _same(input, *sizes, training=False, **options): ...
 
 
@@ -143,8 +144,9 @@ _SPELLINGS: dict[Callable, list[Callable]] = {
     _linear: [F.linear],
     _sigmoid: [F.sigmoid, torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_],
     _scale: [torch.mul, Tensor.mul, Tensor.mul_],
+    _expand: [Tensor.expand, Tensor.expand_as],
     _same: [torch.flatten, torch.reshape, torch.squeeze, F.dropout, Tensor.flatten, Tensor.reshape, Tensor.view]
-    + [Tensor.squeeze, Tensor.contiguous, Tensor.to, Tensor.expand, Tensor.expand_as],
+    + [Tensor.squeeze, Tensor.contiguous, Tensor.to],
 }
 _CALLS = {f: (meant.__name__[1:], inspect.signature(meant)) for meant, all_ in _SPELLINGS.items() for f in all_}
 # What may be asked of a tensor: nothing that depends on its numbers.
@@ -203,7 +205,7 @@ class _Notes(TorchFunctionMode, Run):
         """Of the factors of squeeze-and-excitation, a map and a number for each of its channels, the numbers."""
         for scaled, scale in ((a, b), (b, a)):
             if self.is_last(scale) and self._averaged is not None and scaled is self._averaged[0]:
-                fits = scale.dim() == 4 and scale.shape[:2] == scaled.shape[:2] and _is_pooled(scale)
+                fits = scale.shape in (scaled.shape, (*scaled.shape[:2], 1, 1))
                 if fits and scaled._version == self._averaged[1]:
                     return scale
         raise LoweringError(f"{self._place} calls {name}, but not to scale a map by what its averages say")
@@ -246,17 +248,8 @@ def _is_same(before: Tensor, after: Tensor) -> bool:
     """Whether nothing changed but, of pooled vectors, the dtype and the axes of one pixel."""
     if after.shape == before.shape and after.dtype == before.dtype:
         return after.device == before.device
-    return (
-        _is_pooled(before)
-        and _is_pooled(after)
-        and after.shape[:2] == before.shape[:2]
-        and after.device == before.device
-    )
-
-
-def _is_pooled(x: Tensor) -> bool:
-    """Whether there is one number for each channel, for all pixels where there are several."""
-    return x.shape[2:].numel() == 1 or (x.dim() == 4 and x.stride()[2:] == (0, 0))
+    pooled = before.shape[2:].numel() == after.shape[2:].numel() == 1
+    return pooled and after.shape[:2] == before.shape[:2] and after.device == before.device
 
 
 def _is_of_squares(of: dict[str, Any]) -> bool:
@@ -414,7 +407,8 @@ def _side(size: int | tuple[int, int]) -> int | None:
 
 
 _LINEAR = "(?:convolution|linear) "
-_LAYER = re.compile(f"(convolution (?:batchnorm )?)(relu )?(average {_LINEAR}relu {_LINEAR}sigmoid scale )?")
+_SQUEEZE = f"average {_LINEAR}relu {_LINEAR}sigmoid (?:expand )?scale "
+_LAYER = re.compile(f"(convolution (?:batchnorm )?)(relu )?({_SQUEEZE})?")
 
 
 def _lower_chain(name: str, steps: list[Step], ends_with_relu: bool = False) -> tuple[list[Convolution], list[Tensor]]:

@@ -161,6 +161,33 @@ class Broadcast(Functional):
         self.layers.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(16, 16, 1))
 
 
+class Spreading(Functional):
+    """Its maps of one pixel over several, which are no pooled vector."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(F.relu(self.bn(self.conv(x))).expand(-1, -1, 4, 3))
+        return self.linear(x.mean((2, 3)))
+
+
+class SpreadingBetween(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](F.relu(self.bn(self.conv(x))))
+        return self.linear(self.layers[1:](x.expand(-1, -1, 4, 3)).mean((2, 3)))
+
+
+class Enlarging(SqueezeExcitation):
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return x * scale.expand(-1, -1, 3, 3)
+
+
+class SpreadingInside(Functional):
+    def __init__(self):
+        super().__init__()
+        for block in self.layers:
+            block.body[1], block.body[2][0].stride = Enlarging(16), (3, 3)
+
+
 class Hard(SqueezeExcitation):
     def forward(self, x: Tensor) -> Tensor:
         return x * F.hardsigmoid(self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()))
@@ -462,6 +489,21 @@ def test_a_shortcut_of_another_size():
     message = r"block 0 adds a body of \[16, 2, 2\] to a shortcut of \[16, 1, 1\]"
     with pytest.raises(spnet.LoweringError, match=message):
         spnet.lower(model, (3, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Spreading, "the stem is not a chain of convolutions"),
+        (SpreadingBetween, "what follows is not blocks"),
+        (SpreadingInside, "the body of block 0 calls mul, but not to scale a map by what its averages say"),
+    ],
+)
+def test_a_map_of_one_pixel_is_no_pooled_vector(make, reason):
+    model = routed(make())
+    agrees(model, torch.randn(3, 3, 1, 1))
+    with pytest.raises(spnet.LoweringError, match=reason):
+        spnet.lower(model, (3, 1, 1))
 
 
 def test_a_forward_that_changes_its_attributes_is_routed():
