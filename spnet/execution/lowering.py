@@ -175,7 +175,10 @@ class _Notes(TorchFunctionMode, Run):
         if func not in _CALLS:
             raise LoweringError(f"{self._place} calls {name}, which no plan computes")
         kind, signature = _CALLS[func]
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as e:
+            raise LoweringError(f"{self._place} calls {name} as no plan computes it: {e}") from e
         bound.apply_defaults()
         of, before = bound.arguments, bound.arguments.pop("input")
         if kind == "scale":
@@ -192,7 +195,7 @@ class _Notes(TorchFunctionMode, Run):
                 raise LoweringError(f"{self._place} calls {name}, which does more than flatten a pooled vector")
             return after
         if kind.startswith("average"):
-            if self._place.startswith("the shortcut") and _is_of_squares(of):
+            if kind == "average_by_kernel" and self._place.startswith("the shortcut") and _is_of_squares(of):
                 kind = "means"
             elif _is_global(of, before, after):
                 kind, self._averaged = "average", (before, before._version)
@@ -254,7 +257,7 @@ def _is_same(before: Tensor, after: Tensor) -> bool:
 
 def _is_of_squares(of: dict[str, Any]) -> bool:
     """Whether pixels are averaged in squares side by side. A plan cuts those at the edge off, or its sizes differ."""
-    side = _side(of.get("kernel_size"))
+    side = _side(of["kernel_size"])
     stride = side if of["stride"] is None else _side(of["stride"])
     return (
         None not in (side, stride) and stride == side and _side(of["padding"]) == 0 and of["divisor_override"] is None

@@ -222,6 +222,13 @@ class Single(SqueezeExcitation):
         return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True))).sigmoid()
 
 
+class Named(SqueezeExcitation):
+    """As NumPy would have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.expand(self.reduce(torch.mean(x, axis=(2, 3), keepdim=True)).relu()).sigmoid()
+
+
 class One(SqueezeExcitation):
     """A number for all channels."""
 
@@ -464,7 +471,12 @@ class Foreign(ResNet):
             (lambda pool=pool: Variant(pool=pool), "the shortcut of block 2 calls avg_pool2d, but not over all pixels")
             for pool in (nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(2, divisor_override=3))
         ),
+        (
+            lambda: Variant(pool=nn.AdaptiveAvgPool2d(4)),
+            "the shortcut of block 2 calls adaptive_avg_pool2d, but not over all pixels",
+        ),
         (lambda: Variant(Hard), "the body of block 0 calls hardsigmoid, which no plan computes"),
+        (lambda: Variant(Named), "the body of block 0 calls mean as no plan computes it: .* 'axis'"),
         (lambda: Variant(Gated), "the body of block 0 calls mul, but not to scale a map by what its averages say"),
         (lambda: Variant(Later), "the body of block 0 calls mul, but not to scale a map by what its averages say"),
         (lambda: Variant(One), "the body of block 0 calls mul, but not to scale a map by what its averages say"),
