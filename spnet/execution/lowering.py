@@ -299,6 +299,9 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
         forward = vars(module).get("forward")
         if forward is not None and not getattr(forward, "same_in_evaluation", False):
             raise LoweringError(f"the forward of a {type(module).__name__} has been replaced")
+    for t in (*model.parameters(), *model.buffers()):
+        if type(t) not in (Tensor, nn.Parameter):  # quantized, say
+            raise LoweringError(f"a weight is a {type(t).__name__}, whose functions may not be PyTorch's")
     x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
     notes = _Notes(model, x)
     try:

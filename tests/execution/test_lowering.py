@@ -540,6 +540,25 @@ def test_what_may_change_unseen_is_routed(model):
     assert spnet.explain(model, x).impl == "walk"
 
 
+class Doubled(nn.Parameter):
+    """A weight that is not what a convolution by it says."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return 2 * result if func is F.conv2d else result
+
+
+def test_weights_with_functions_of_their_own_are_routed(model):
+    x = torch.randn(3, 3, 32, 32)
+    agrees(model, x)
+    model.conv1.weight = Doubled(model.conv1.weight.detach())
+    agrees(model, x)
+    with pytest.raises(spnet.LoweringError, match="a weight is a Doubled, whose functions may not be PyTorch's"):
+        spnet.lower(model, (3, 32, 32))
+
+
 def test_what_does_not_fit_is_looked_at_once(monkeypatch):
     model, x, calls = routed(Half()), torch.randn(3, 3, 32, 32), []
     monkeypatch.setattr(kept, "read", lambda *args: calls.append(1) or lowering.read(*args))
