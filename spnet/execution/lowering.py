@@ -195,12 +195,14 @@ class _Notes(TorchFunctionMode, Run):
                 raise LoweringError(f"{self._place} calls {name}, which does more than flatten a pooled vector")
             return after
         if kind.startswith("average"):
-            if kind == "average_by_kernel" and self._place.startswith("the shortcut") and _is_of_squares(of):
+            in_shortcut = self._place.startswith("the shortcut")
+            if in_shortcut and kind == "average_by_kernel" and _is_of_squares(of, before, after):
                 kind = "means"
             elif _is_global(of, before, after):
                 kind, self._averaged = "average", (before, before._version)
             else:
-                raise LoweringError(f"{self._place} calls {name}, but not over all pixels of each channel")
+                or_squares = ", nor over squares side by side that leave no pixel out" if in_shortcut else ""
+                raise LoweringError(f"{self._place} calls {name}, but not over all pixels of each channel{or_squares}")
         self.steps.append(Step(kind, of))
         return after
 
@@ -255,13 +257,13 @@ def _is_same(before: Tensor, after: Tensor) -> bool:
     return pooled and after.shape[:2] == before.shape[:2] and after.device == before.device
 
 
-def _is_of_squares(of: dict[str, Any]) -> bool:
-    """Whether pixels are averaged in squares side by side. A plan cuts those at the edge off, or its sizes differ."""
+def _is_of_squares(of: dict[str, Any], before: Tensor, after: Tensor) -> bool:
+    """Whether all pixels are averaged in squares side by side, cut off at the edge."""
     side = _side(of["kernel_size"])
     stride = side if of["stride"] is None else _side(of["stride"])
-    return (
-        None not in (side, stride) and stride == side and _side(of["padding"]) == 0 and of["divisor_override"] is None
-    )
+    if side is None or stride != side or _side(of["padding"]) != 0 or of["divisor_override"] is not None:
+        return False
+    return list(after.shape[2:]) == [-(-n // side) for n in before.shape[2:]]
 
 
 def _is_global(of: dict[str, Any], before: Tensor, after: Tensor) -> bool:

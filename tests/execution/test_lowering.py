@@ -152,8 +152,8 @@ class Variant(ResNet):
             block.bn3 = nn.Sequential(block.bn3, squeeze(block.conv3.out_channels))
 
 
-class Broadcast(Functional):
-    """Of 3x3 pixels rounds the averages of its shortcut down to one, which is added to all pixels of its body."""
+class RoundedDown(Functional):
+    """Of 3x3 pixels its shortcut averages four, which is added to all pixels of its body."""
 
     def __init__(self):
         super().__init__()
@@ -494,13 +494,19 @@ def test_what_is_no_line_is_routed(make, reason):
     assert spnet.explain(model, x).impl == "routed"
 
 
-def test_a_shortcut_of_another_size():
-    """Nothing but a sum that PyTorch spreads tells it from averages that are rounded up."""
-    model = routed(Broadcast())
+def test_averages_that_leave_pixels_out():
+    model = routed(RoundedDown())
     agrees(model, torch.randn(3, 3, 4, 6))
-    message = r"block 0 adds a body of \[16, 2, 2\] to a shortcut of \[16, 1, 1\]"
+    message = "the shortcut of block 0 calls avg_pool2d, .* nor over squares side by side that leave no pixel out"
     with pytest.raises(spnet.LoweringError, match=message):
         spnet.lower(model, (3, 3, 3))
+
+
+def test_a_body_and_a_shortcut_of_other_sizes():
+    block = spnet.RoutedBlock(nn.Conv2d(1, 4, 3, 1, 1), spnet.Router(1, 6), activation=nn.ReLU())
+    layers = nn.Conv2d(3, 1, 3), nn.ReLU(), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    with pytest.raises(spnet.LoweringError, match=r"block 0 adds a body of \[4, 5, 6\] to a shortcut of \[1, 5, 6\]"):
+        spnet.lower(settle(nn.Sequential(*layers)), (3, 7, 8))
 
 
 @pytest.mark.parametrize(
