@@ -449,9 +449,12 @@ def _fold(name: str, layer: Step, bn: Step | None = None) -> tuple[Convolution, 
     of, weight = layer.of, layer.of["weight"]
     if layer.kind == "linear":
         of, weight = of | {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}, weight[:, :, None, None]
-    kernel, stride, padding = _side(weight.shape[2:]), _side(of["stride"]), _side(of["padding"])
+    padding = of["padding"]
+    if isinstance(padding, str):  # "valid" or "same", which an even kernel is not on both sides
+        padding = 0 if padding == "valid" else [n // 2 if n % 2 else None for n in weight.shape[2:]]
+    kernel, stride, padding = _side(weight.shape[2:]), _side(of["stride"]), _side(padding)
     if None in (kernel, stride, padding) or _side(of["dilation"]) != 1:
-        raise LoweringError(f"{name} has a convolution that is not square, undilated and zero-padded")
+        raise LoweringError(f"{name} has a convolution that is not square, undilated and evenly zero-padded")
     bias = torch.zeros_like(weight[:, 0, 0, 0]) if of["bias"] is None else of["bias"]
     folded = weight.float(), bias.float()
     if bn is not None:
