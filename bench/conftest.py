@@ -9,7 +9,7 @@ _LINES = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="benchmarks: every cell, not only those of ten minutes")
+    parser.addoption("--full", action="store_true", help="benchmarks: every cell, not only the quick ones")
     parser.addoption(
         "--rivals", type=lambda names: tuple(names.split(",")), help="benchmarks: only these, comma-separated"
     )

@@ -257,7 +257,7 @@ def report(run: Path, out: Path | None, data_root: str | None, limit: int | None
 
 
 @main.command()
-@click.option("--quick/--full", default=True, help="Ten minutes on two CPU cores, or every cell.")
+@click.option("--quick/--full", default=True, help="A quarter of an hour on two CPU cores, or every cell.")
 @click.option("--out", type=click.Path(path_type=Path), default="bench/results", help="Folder for the result files.")
 @click.option("--name", help="Of the result files, by convention device-date; default: the processor and today.")
 @click.option("--compare", type=click.Path(exists=True), nargs=2, help="Two result files: shows what became slower.")
