@@ -8,6 +8,13 @@
 namespace spnet::cpu::SPNET_LEVEL {
 namespace {
 
+// The first pixel of a row, its channels of one register.
+Element* at(const MapView& map, int64_t vector, int64_t row) {
+  const int64_t channel = vector * kLanes;
+  return static_cast<Element*>(map.data) + channel / map.lanes * map.plane + row * map.row +
+         channel % map.lanes;
+}
+
 // kChunk channels at a time: 4 where no chunk straddles the border between zeros and channels.
 template <int kChunk>
 void pad_row(const PadShortcut& pad, int64_t y) {
@@ -46,11 +53,8 @@ void means(const Means& means, int64_t row_begin, int64_t row_end) {
   for (int64_t y = row_begin; y < row_end; ++y) {
     const int64_t rows = std::min(stride, means.in_height - y * stride);
     for (int64_t v = 0; v < means.vectors; ++v) {
-      const int64_t plane = v * kLanes / lanes, lane = v * kLanes % lanes;
-      const Element* from = static_cast<const Element*>(means.in.data) + plane * means.in.plane +
-                            y * stride * means.in.row + lane;
-      Element* to =
-          static_cast<Element*>(means.out.data) + plane * means.out.plane + y * means.out.row + lane;
+      const Element* from = at(means.in, v, y * stride);
+      Element* to = at(means.out, v, y);
       for (int64_t x = 0; x < means.width; ++x, from += stride * lanes, to += lanes) {
         const int64_t columns = std::min(stride, means.in_width - x * stride);
         Vec sum{};
@@ -67,11 +71,8 @@ void scale(const Scale& scale, int64_t row_begin, int64_t row_end) {
   const int64_t lanes = scale.in.lanes;
   for (int64_t y = row_begin; y < row_end; ++y) {
     for (int64_t v = 0; v < scale.vectors; ++v) {
-      const int64_t plane = v * kLanes / lanes, lane = v * kLanes % lanes;
-      const Element* from =
-          static_cast<const Element*>(scale.in.data) + plane * scale.in.plane + y * scale.in.row + lane;
-      Element* to =
-          static_cast<Element*>(scale.out.data) + plane * scale.out.plane + y * scale.out.row + lane;
+      const Element* from = at(scale.in, v, y);
+      Element* to = at(scale.out, v, y);
       const Vec factors = load(scale.factors + v * kLanes);
       Vec sum{};
       for (int64_t x = 0; x < scale.width; ++x, from += lanes, to += lanes) {
@@ -92,10 +93,8 @@ void max_pool(const MaxPool& pool, int64_t row_begin, int64_t row_end) {
   const int64_t lanes = pool.in.lanes;
   for (int64_t y = row_begin; y < row_end; ++y) {
     for (int64_t v = 0; v < pool.vectors; ++v) {
-      const int64_t plane = v * kLanes / lanes, lane = v * kLanes % lanes;
-      const Element* from = static_cast<const Element*>(pool.in.data) + plane * pool.in.plane +
-                            y * pool.stride * pool.in.row + lane;
-      Element* to = static_cast<Element*>(pool.out.data) + plane * pool.out.plane + y * pool.out.row + lane;
+      const Element* from = at(pool.in, v, y * pool.stride);
+      Element* to = at(pool.out, v, y);
       Vec sum{};
       for (int64_t x = 0; x < pool.width; ++x, from += pool.stride * lanes, to += lanes) {
         Vec most{};
