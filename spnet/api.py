@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from spnet.execution.kept import plan_of, run_plan
 from spnet.execution.lowering import is_watched, shape_of
 from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
-from spnet.execution.plan import LoweringError, Plan
+from spnet.execution.plan import LoweringError, Plan, check_threshold
 from spnet.execution.routed import RoutedRun, keeps_nothing
 from spnet.routing import RoutedBlock, RoutedSequential, Router, active, own_weight, uncompiled, unwrapped
 
@@ -108,15 +107,6 @@ def _check_impl(impl: str) -> None:
         raise ValueError(f"impl: unknown {impl!r}; did you mean {', '.join(map(repr, near))}?")
 
 
-def _check_threshold(threshold: float) -> None:
-    try:
-        number = not math.isnan(threshold)
-    except TypeError as e:
-        raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}") from e
-    if not number:
-        raise ValueError("threshold: expected a number, got NaN")
-
-
 @uncompiled
 def fast_forward(
     model: nn.Module,
@@ -154,7 +144,7 @@ def fast_forward(
         TypeError: model is no module, x no tensor, or threshold no number.
     """
     _check_impl(impl)
-    _check_threshold(threshold)
+    check_threshold(threshold)
     model = unwrapped(model)
     found = _by_plan(model, x, impl, paths, threshold)
     if found is not None:

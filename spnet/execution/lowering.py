@@ -375,14 +375,14 @@ def _lower_block(
     if type(block) is not RoutedBlock or type(router) is not Router or [step.kind for step in activation] != ["relu"]:
         raise LoweringError(f"{name} is no RoutedBlock with a spnet.Router and a ReLU")
     convolutions, weights = _lower_chain(f"the body of {name}", body)
-    kind, stride, front = IDENTITY, 1, 0
+    row = Block(tuple(convolutions), IDENTITY, 1, 0, 0)
     if type(block.shortcut) is PadShortcut:
-        kind, stride, front = PAD, block.shortcut.stride, block.shortcut.pad[0]
+        row = row._replace(shortcut=PAD, stride=block.shortcut.stride, pad_before=block.shortcut.pad[0])
     elif shortcut:
         kind = POOLED if shortcut[0].kind == "means" else PROJECTION
         [projection, *more], folded = _lower_chain(f"the shortcut of {name}", shortcut[kind == POOLED :])
         stride = _side(shortcut[0].of["kernel_size"]) if kind == POOLED else projection.stride
-        row = Block(tuple(convolutions), kind, stride, 0, 0)
+        row = row._replace(shortcut=kind, stride=stride)
         if more or projection != row.projection:
             raise LoweringError(f"the shortcut of {name} is not a 1x1 convolution, of averages where it has a stride")
         weights += folded
@@ -397,7 +397,7 @@ def _lower_block(
     # The two logits matter by their difference alone.
     (w_skip, w_execute), (b_skip, b_execute) = router.fc2.weight, router.fc2.bias
     weights += [w_execute - w_skip, b_execute - b_skip]
-    return Block(tuple(convolutions), kind, stride, front, router.fc1.out_features), weights
+    return row._replace(router_width=router.fc1.out_features), weights
 
 
 def _pool(of: dict[str, Any]) -> tuple[int, int, int]:

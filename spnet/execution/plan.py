@@ -180,7 +180,7 @@ class Plan:
         Raises:
             ValueError: another shape, dtype or device, or a threshold that is NaN; LoweringError for an unknown
                 ``impl``, or one that the network does not fit.
-            TypeError: x or paths is no tensor.
+            TypeError: x or paths is no tensor, or threshold no number.
         """
         logits, decisions = self.run(x, paths, threshold, impl)
         return (logits, self.paths_of(decisions)) if return_paths else logits
@@ -192,8 +192,7 @@ class Plan:
         _check("x", x, self.dtype, (None, *self.input_shape), self.device)
         if paths is not None:
             _check("paths", paths, torch.bool, (len(x), self.num_blocks), self.device)
-        if math.isnan(threshold):
-            raise ValueError("threshold: expected a number, got NaN")
+        check_threshold(threshold)
         # A negated view of memory, such as z.conj().imag, is not what lies there.
         logits, decisions = self.execution(impl).run(x.resolve_neg(), paths, threshold)
         return logits.to(self.dtype), decisions
@@ -244,6 +243,15 @@ def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ..
         raise ValueError(
             f"{name}: expected {dtype} [{expected}] on {device}, got {t.dtype} {list(t.shape)} on {t.device}"
         )
+
+
+def check_threshold(threshold: float) -> None:
+    try:
+        number = not math.isnan(threshold)
+    except TypeError as e:
+        raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}") from e
+    if not number:
+        raise ValueError("threshold: expected a number, got NaN")
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -66,6 +66,8 @@ def test_bad_options(network):
     plan, x = spnet.lower(network), torch.zeros(1, 1, 32, 32)
     with pytest.raises(ValueError, match="threshold: expected a number, got NaN"):
         plan(x, threshold=float("nan"))
+    with pytest.raises(TypeError, match="threshold: expected a number, got NoneType"):
+        plan(x, threshold=None)
     with pytest.raises(ValueError, match="impl: a plan runs by 'walk' or 'batch', got 'routed'"):
         plan(x, impl="routed")
 
