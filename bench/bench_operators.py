@@ -63,7 +63,10 @@ def test_rows(benchmark, report, operation, shape):
 @pytest.mark.parametrize(("channels", "side"), STAGES, ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_convolution(benchmark, report, precision, channels, side):
-    """The 3x3 convolution of one stage of the walk against a loop of nothing but multiply-adds."""
+    """The 3x3 convolution of one stage of the walk against a loop of nothing but multiply-adds.
+
+    Its operations are those of the direct convolution: Winograd's, in float32, needs fewer and passes the limit.
+    """
     threads, kind = torch.get_num_threads(), getattr(core.Precision, precision)
     turns = [
         (core.conv_gflops(channels, side, side, threads, 0.2, kind), core.fma_gflops(threads, 0.2, kind))

@@ -129,14 +129,10 @@ const ConvTile* two_rows(const Conv& conv, int64_t vectors) {
   return conv.stride == 1 ? kTiles<2, 1, 1, 2>.of_pixels : kTiles<2, 2, 1, 2>.of_pixels;
 }
 
-int64_t units(const Conv& conv) { return (conv.vectors + kGroup - 1) / kGroup * conv.height; }
-
-void run(const Conv& conv, int64_t begin, int64_t end) {
+void run(const Conv& conv, const Part& part) {
   const int64_t words = (conv.cin + kWordChannels - 1) / kWordChannels;
   const int64_t group_weights = words * conv.kernel * conv.kernel * kGroup * kLanes;
-  int64_t group = begin / conv.height;
-  int64_t y = begin - group * conv.height;
-  for (int64_t unit = begin; unit < end; ++group, y = 0) {
+  for (int64_t group = part.first_group; group < part.last_group; ++group) {
     const int64_t vector = group * kGroup;
     const int64_t vectors = conv.vectors - vector < kGroup ? conv.vectors - vector : kGroup;
     const ConvTile* tile =
@@ -147,11 +143,11 @@ void run(const Conv& conv, int64_t begin, int64_t end) {
     const int64_t pixels = conv.width / count, longer = conv.width % count;
     const float* weight = static_cast<const float*>(conv.weight) + group * group_weights;
     const float* bias = conv.bias + vector * kLanes;
-    for (int64_t rows; y < conv.height && unit < end; y += rows, unit += rows) {
+    for (int64_t y = part.first_row, rows; y < part.last_row; y += rows) {
       const Element* in = static_cast<const Element*>(conv.in.data) + y * conv.stride * conv.in.row;
       Element* out = static_cast<Element*>(conv.out.data) + y * conv.out.row + vector * conv.out.plane;
       float* sums = conv.row_sums == nullptr ? nullptr : conv.row_sums + (y * conv.vectors + vector) * kLanes;
-      rows = pair != nullptr && y + 1 < conv.height && unit + 1 < end ? 2 : 1;
+      rows = pair != nullptr && y + 1 < part.last_row ? 2 : 1;
       if (rows == 2) {
         pair[conv.width - 1](conv, in, weight, bias, out, sums, true);
         continue;
@@ -168,6 +164,6 @@ void run(const Conv& conv, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const ConvFunctions conv_functions = {kLanes, kLanes, kGroup, kWordChannels, false, units, run};
+const ConvFunctions conv_functions = {kLanes, kLanes, kGroup, kWordChannels, false, false, nullptr, run};
 
 }  // namespace spnet::cpu::SPNET_LEVEL

@@ -1,4 +1,4 @@
-// Direct convolutions on feature maps that stay in cache.
+// Convolutions on feature maps that stay in cache.
 //
 // A map is stored as [channels / lanes][height + 2 halo][width + 2 halo][lanes]: pixels of one plane, so that
 // every offset inside a convolution's inner loop is a constant whatever the number of channels, and a halo of
@@ -31,7 +31,8 @@ struct Conv {
   MapView out;  // data: output (0, 0)
   const void*
       weight;  // [group][planes][kernel][words of the lanes][kernel][outputs of the group];
-               // [kernel][words] the other way round and zeros to whole half tiles for ConvFunctions::tiles
+               // [kernel][words] the other way round and zeros to whole half tiles for ConvFunctions::tiles;
+               // for ConvFunctions::winograd [group][places][channels][outputs of the group], transformed
   const float* bias;      // [vectors * kLanes]
   int64_t cin, kernel;    // channels; 1, 3, or 7 with a stride of 2
   int64_t stride;         // 1 or 2
@@ -40,6 +41,12 @@ struct Conv {
   bool residual;          // out holds what is added
   bool relu;              // keeps NaN
   float* row_sums;  // [height, vectors * kLanes]: sums of out over every row, from left to right; or null
+  float* scratch;   // of the calling thread, as large as ConvFunctions::scratch says
+};
+
+// Some rows of the output, of some groups of output channels.
+struct Part {
+  int64_t first_group, last_group, first_row, last_row;
 };
 
 struct ConvFunctions {
@@ -48,11 +55,11 @@ struct ConvFunctions {
   int group;          // vectors of output channels that are computed together
   int word_channels;  // 1: maps and weights are float32; 2: they are bfloat16, weights in pairs of channels
   bool tiles;         // matrix registers, which read all lanes
+  bool winograd;      // 3x3 of stride 1 alone (see winograd.h), and parts share no work
 
-  // The work of a convolution in units, each one row of one group of output channels. Any split of the units
-  // gives the same bits.
-  int64_t (*units)(const Conv& conv);
-  void (*run)(const Conv& conv, int64_t begin, int64_t end);
+  int64_t (*scratch)(int64_t cin);  // floats; null: none
+  // Any division into parts gives the same bits.
+  void (*run)(const Conv& conv, const Part& part);
 };
 
 #define SPNET_DECLARE(level)                 \

@@ -284,18 +284,10 @@ void run_rows(const Conv& conv, int64_t group, int64_t begin, int64_t end) {
 }
 
 template <int kGroup>
-int64_t units(const Conv& conv) {
-  return conv.vectors / kGroup * conv.height;
-}
-
-template <int kGroup>
-void run(const Conv& conv, int64_t begin, int64_t end) {
+void run(const Conv& conv, const Part& part) {
   const Registers registers(kGroup == 1, Tiling(conv).pixels);
-  while (begin < end) {
-    const int64_t group = begin / conv.height, first = begin - group * conv.height;
-    const int64_t rows = end - begin < conv.height - first ? end - begin : conv.height - first;
-    run_rows<kGroup>(conv, group, first, first + rows);
-    begin += rows;
+  for (int64_t group = part.first_group; group < part.last_group; ++group) {
+    run_rows<kGroup>(conv, group, part.first_row, part.last_row);
   }
 }
 
@@ -319,7 +311,8 @@ float multiply_only(int64_t repetitions) {
 
 const FmaLoop fma_loop = {2.0 * kTiles * kTile * kLanes * 2 * kLanes, multiply_only};
 
-const ConvFunctions conv_functions = {kLanes, kLanes, 1, kWordChannels, true, units<1>, run<1>};
-const ConvFunctions wide_conv_functions = {kLanes, 2 * kLanes, 2, kWordChannels, true, units<2>, run<2>};
+const ConvFunctions conv_functions = {kLanes, kLanes, 1, kWordChannels, true, false, nullptr, run<1>};
+const ConvFunctions wide_conv_functions = {kLanes, 2 * kLanes, 2,       kWordChannels,
+                                           true,   false,      nullptr, run<2>};
 
 }  // namespace spnet::cpu::SPNET_LEVEL

@@ -24,17 +24,17 @@ Kernels kernels(Precision precision, [[maybe_unused]] bool wide) {
 #ifdef SPNET_AMX_KERNELS
     if (level() == Level::amx) {
       const ConvFunctions& conv = wide ? amx_bf16::wide_conv_functions : amx_bf16::conv_functions;
-      return {conv, avx512_bf16::walk_ops, amx_bf16::fma_loop};
+      return {conv, nullptr, avx512_bf16::walk_ops, amx_bf16::fma_loop};
     }
 #endif
 #ifdef SPNET_BFLOAT16_KERNELS
-    return {avx512_bf16::conv_functions, avx512_bf16::walk_ops, avx512_bf16::fma_loop};
+    return {avx512_bf16::conv_functions, nullptr, avx512_bf16::walk_ops, avx512_bf16::fma_loop};
 #endif
   }
   switch (level()) {
 #define SPNET_CASE(name) \
   case Level::name:      \
-    return {name::conv_functions, name::walk_ops, name::fma_loop};
+    return {name::conv_functions, &name::winograd_functions, name::walk_ops, name::fma_loop};
     SPNET_FOR_EACH_LEVEL(SPNET_CASE)
 #undef SPNET_CASE
   }

@@ -4,6 +4,7 @@
 #include "conv.h"
 #include "fma_loop.h"
 #include "walk_ops.h"
+#include "winograd.h"
 
 namespace spnet::cpu {
 
@@ -12,6 +13,7 @@ enum class Precision { float32, bfloat16 };
 
 struct Kernels {
   const ConvFunctions& conv;
+  const ConvFunctions* winograd;  // null: there is none
   const WalkOps& ops;
   const FmaLoop& fma_loop;
 };

@@ -28,6 +28,10 @@ constexpr int64_t kWorkspaceBytes = 768 << 10;
 constexpr int64_t kWeightBytes = 1 << 20;
 constexpr int64_t kStripBytes = 512 << 10;
 
+constexpr int64_t kWinogradChannels = 16;
+constexpr int64_t kWinogradTiles = 4;
+constexpr int64_t kWinogradTilesOfLargeWeights = 49;
+
 // Behind each buffer of a workspace, so that AddressSanitizer sees who writes beyond it.
 #ifdef __SANITIZE_ADDRESS__
 constexpr int64_t kGuardBytes = kLineBytes;
@@ -55,12 +59,20 @@ AlignedFloats::AlignedFloats(int64_t size) {
   std::memset(data_.get(), 0, bytes);
 }
 
+bool suits_winograd(const PlanConv& conv) {
+  const int64_t tiles = (conv.out_height + 1) / 2 * ((conv.out_width + 1) / 2);
+  const int64_t bytes = kWinogradPlaces * conv.cin * conv.cout * sizeof(float);
+  return conv.kernel == 3 && conv.stride == 1 && std::min(conv.cin, conv.cout) >= kWinogradChannels &&
+         tiles >= kWinogradTiles && (bytes <= kWeightBytes || tiles >= kWinogradTilesOfLargeWeights);
+}
+
 PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t n_floats,
                        Precision precision)
     : plan(read_plan(ints, n_ints, floats, n_floats)),
       level(cpu::level()),
       precision(precision),
       conv(kernels(precision, plan.channels % 32 == 0 || plan.stem[0].kernel == 7).conv),
+      winograd(kernels(precision).winograd),
       ops(kernels(precision).ops) {
   for (const PlanConv& conv : plan.stem) stem.push_back(pack(floats, conv));
   const int64_t stem_row = planes(plan.channels) * conv.lanes * plan.stem.back().out_width * element_bytes();
@@ -103,6 +115,49 @@ PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_
 }
 
 PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
+  const bool suits = winograd != nullptr && suits_winograd(shape);
+  const float* weight = floats + shape.weight;
+  const int64_t bytes = suits ? pack_winograd(weight, shape) : pack_direct(weight, shape);
+  const ConvFunctions& functions = suits ? *winograd : conv;
+  if (suits) scratch_bytes_ = std::max<int64_t>(scratch_bytes_, functions.scratch(shape.cin) * sizeof(float));
+  const float* packed = packed_.back().get();
+  PackedConv result{
+      &functions, packed, pack_vector(floats + shape.bias, shape.cout), shape, vectors(shape.cout), bytes,
+      {},         {}};
+  const PlanSqueeze& squeeze = shape.squeeze;
+  if (squeeze.width > 0) {
+    result.squeeze = pack_linear(floats, squeeze.weight1, squeeze.bias1, shape.cout, squeeze.width);
+    result.excite = pack_linear(floats, squeeze.weight2, squeeze.bias2, squeeze.width, shape.cout);
+  }
+  return result;
+}
+
+int64_t PackedPlan::pack_winograd(const float* weight, const PlanConv& shape) {
+  // In double precision, so that the result is rounded once.
+  const auto transform = [](double first, double second, double third, double* to, int64_t step) {
+    to[0] = first;
+    to[step] = (first + second + third) / 2;
+    to[2 * step] = (first - second + third) / 2;
+    to[3 * step] = third;
+  };
+  const int64_t lanes = conv.vector, outputs = vectors(shape.cout) * lanes;
+  packed_.emplace_back(kWinogradPlaces * outputs * shape.cin);
+  float* const packed = packed_.back().get();
+  for (int64_t o = 0; o < shape.cout; ++o) {
+    const int64_t first = o / (conv.group * lanes) * conv.group * lanes;
+    const int64_t n = std::min(conv.group * lanes, outputs - first);
+    float* const to = packed + kWinogradPlaces * first * shape.cin + o - first;
+    for (int64_t c = 0; c < shape.cin; ++c, weight += 9) {
+      double columns[4][3], places[kWinogradPlaces];
+      for (int x = 0; x < 3; ++x) transform(weight[x], weight[3 + x], weight[6 + x], &columns[0][x], 3);
+      for (int y = 0; y < 4; ++y) transform(columns[y][0], columns[y][1], columns[y][2], places + 4 * y, 1);
+      for (int i = 0; i < kWinogradPlaces; ++i) to[(i * shape.cin + c) * n] = static_cast<float>(places[i]);
+    }
+  }
+  return kWinogradPlaces * outputs * shape.cin * sizeof(float);
+}
+
+int64_t PackedPlan::pack_direct(const float* weight, const PlanConv& shape) {
   const int64_t cout = shape.cout, cin = shape.cin, kernel = shape.kernel, taps = kernel * kernel;
   const int64_t lanes = kernel == 7 ? kImageLanes : conv.lanes, step = conv.word_channels;
   const int64_t tile_rows = conv.group == 1 ? 8 : 16;  // of what matrix registers read: half of one, or one
@@ -112,7 +167,6 @@ PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
   };
   packed_.emplace_back(vectors(cout) * conv.vector * ((cin + lanes - 1) / lanes) * kernel *
                        rows_of(words_of(std::min(lanes, cin))));
-  const float* weight = floats + shape.weight;
   float* to = packed_.back().get();
   for (int64_t vector = 0; vector < vectors(cout); vector += conv.group) {
     const int64_t first = vector * conv.vector;
@@ -138,15 +192,7 @@ PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
       }
     }
   }
-  const float* packed = packed_.back().get();
-  PackedConv result{
-      packed, pack_vector(floats + shape.bias, cout), shape, vectors(cout), (to - packed) * 4, {}, {}};
-  const PlanSqueeze& squeeze = shape.squeeze;
-  if (squeeze.width > 0) {
-    result.squeeze = pack_linear(floats, squeeze.weight1, squeeze.bias1, cout, squeeze.width);
-    result.excite = pack_linear(floats, squeeze.weight2, squeeze.bias2, squeeze.width, cout);
-  }
-  return result;
+  return (to - packed_.back().get()) * sizeof(float);
 }
 
 const float* PackedPlan::pack_vector(const float* values, int64_t n) {
@@ -214,7 +260,8 @@ void PackedPlan::measure() {
 
 int64_t PackedPlan::workspace_samples() const {
   if (is_heavy) return kMostSamples;
-  const int64_t fitting = (kWorkspaceBytes - middle_bytes_[0] - middle_bytes_[1]) / sample_bytes();
+  const int64_t fitting =
+      (kWorkspaceBytes - scratch_bytes_ - middle_bytes_[0] - middle_bytes_[1]) / sample_bytes();
   return std::clamp<int64_t>(fitting, 1, kMostSamples);
 }
 
@@ -260,9 +307,23 @@ std::vector<std::unique_ptr<Workspace>> PackedPlan::take_workspaces(int64_t coun
   return result;
 }
 
-void PackedPlan::give_back(std::vector<std::unique_ptr<Workspace>> workspaces) const {
+std::vector<AlignedFloats> PackedPlan::take_scratch(int64_t count) const {
+  std::vector<AlignedFloats> result;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto last = idle_scratch_.end(), first = last - std::min<int64_t>(count, idle_scratch_.size());
+    result.assign(std::make_move_iterator(first), std::make_move_iterator(last));
+    idle_scratch_.erase(first, last);
+  }
+  while (static_cast<int64_t>(result.size()) < count) result.emplace_back(scratch_bytes_ / sizeof(float));
+  return result;
+}
+
+void PackedPlan::give_back(std::vector<std::unique_ptr<Workspace>> workspaces,
+                           std::vector<AlignedFloats> scratch) const {
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto& workspace : workspaces) idle_.push_back(std::move(workspace));
+  for (auto& each : scratch) idle_scratch_.push_back(std::move(each));
 }
 
 }  // namespace spnet::cpu

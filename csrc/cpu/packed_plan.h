@@ -27,10 +27,16 @@ class AlignedFloats {
   std::unique_ptr<float, Free> data_;
 };
 
+// Whether Winograd's way is the faster one: not with few channels, which would not pay for the
+// transformations, nor on maps that tiles do not cover well, nor where weights come from memory for a few
+// tiles.
+bool suits_winograd(const PlanConv& conv);
+
 // Of one thread at once.
 constexpr int64_t kMostSamples = 8;
 
 struct PackedConv {
+  const ConvFunctions* functions;
   const void* weight;
   const float* bias;
   PlanConv shape;
@@ -83,6 +89,7 @@ class PackedPlan {
   const Level level;
   const Precision precision;
   const ConvFunctions& conv;
+  const ConvFunctions* winograd;  // null: there is none
   const WalkOps& ops;
   std::vector<PackedConv> stem;
   int64_t stem_strip;  // rows of the pooled map that are computed together
@@ -92,19 +99,24 @@ class PackedPlan {
 
   int64_t element_bytes() const { return 4 / conv.word_channels; }
   int64_t planes(int64_t channels) const { return (channels + conv.lanes - 1) / conv.lanes; }
-  int64_t workspace_bytes() const { return bytes_of(workspace_samples()); }
+  int64_t workspace_bytes() const { return bytes_of(workspace_samples()) + scratch_bytes_; }
   // The most samples that a thread takes through the blocks together.
   int64_t workspace_samples() const;
 
-  // `count` workspaces for `samples` samples, kept for the next call after they are given back.
+  // `count` workspaces for `samples` samples, and what each of `count` threads computes in, whoever's sample
+  // it is: kept for the next call after they are given back.
   std::vector<std::unique_ptr<Workspace>> take_workspaces(int64_t count, int64_t samples) const;
-  void give_back(std::vector<std::unique_ptr<Workspace>> workspaces) const;
+  std::vector<AlignedFloats> take_scratch(int64_t count) const;
+  void give_back(std::vector<std::unique_ptr<Workspace>> workspaces,
+                 std::vector<AlignedFloats> scratch) const;
 
  private:
   int64_t vectors(int64_t channels) const { return planes(channels) * conv.lanes / conv.vector; }
   int64_t map_bytes(int64_t channels, int64_t height, int64_t width) const;
   const float* pack_vector(const float* values, int64_t n);
   PackedConv pack(const float* floats, const PlanConv& conv);
+  int64_t pack_direct(const float* weight, const PlanConv& conv);
+  int64_t pack_winograd(const float* weight, const PlanConv& conv);
   Linear pack_linear(const float* floats, int64_t weight, int64_t bias, int64_t inputs, int64_t outputs);
   PackedBlock pack(const float* floats, const PlanBlock& block, int64_t height, int64_t width);
   void measure();
@@ -115,8 +127,10 @@ class PackedPlan {
   std::vector<AlignedFloats> packed_;
   int64_t state_bytes_ = 0, sums_bytes_ = 0, pooled_bytes_ = 0, hidden_bytes_ = 0;
   std::array<int64_t, 2> middle_bytes_{};
+  int64_t scratch_bytes_ = 0;
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Workspace>> idle_;
+  mutable std::vector<AlignedFloats> idle_scratch_;
 };
 
 }  // namespace spnet::cpu

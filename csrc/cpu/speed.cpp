@@ -55,17 +55,27 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
   if (channels < 1 || height < 1 || width < 1 || threads < 1) {
     throw std::invalid_argument("conv_gflops: expected sizes and threads of 1 or more");
   }
-  const ConvFunctions& functions = kernels(precision).conv;
+  PlanConv shape{};
+  shape.cin = shape.cout = channels;
+  shape.kernel = 3;
+  shape.stride = 1;
+  shape.out_height = height;
+  shape.out_width = width;
+  const Kernels set = kernels(precision);
+  const bool winograd = set.winograd != nullptr && suits_winograd(shape);
+  const ConvFunctions& functions = winograd ? *set.winograd : set.conv;
   const int64_t planes = (channels + functions.lanes - 1) / functions.lanes;
   const int64_t vectors = planes * functions.lanes / functions.vector;
   const int64_t row = (width + 2) * functions.lanes, plane = (height + 2) * row;
   const int64_t pixel_floats = functions.lanes / functions.word_channels;
   const int64_t read = functions.tiles ? vectors * functions.lanes : channels;
   const int64_t words = (read + functions.word_channels - 1) / functions.word_channels;
-  const AlignedFloats weight(vectors * functions.lanes * words * 9), bias(vectors * functions.lanes);
-  std::deque<AlignedFloats> maps;
+  const AlignedFloats weight(vectors * functions.lanes * words * (winograd ? kWinogradPlaces : 9)),
+      bias(vectors * functions.lanes);
+  std::deque<AlignedFloats> maps, scratch;
   for (int i = 0; i < 2 * threads; ++i)
     maps.emplace_back((vectors * (height + 2) * (width + 2) + kSlackPixels) * pixel_floats);
+  for (int i = 0; i < threads; ++i) scratch.emplace_back(winograd ? functions.scratch(channels) : 0);
   std::atomic<int> next{0};
   return measure(threads, seconds, 18.0 * channels * channels * height * width, [&] {
     const int i = next.fetch_add(2);
@@ -83,7 +93,10 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
     conv.cout = channels;
     conv.vectors = vectors;
     conv.residual = conv.relu = true;
-    return [conv, &functions] { functions.run(conv, 0, functions.units(conv)); };
+    conv.scratch = scratch[i / 2].get();
+    return [conv, &functions] {
+      functions.run(conv, {0, (conv.vectors + functions.group - 1) / functions.group, 0, conv.height});
+    };
   });
 }
 

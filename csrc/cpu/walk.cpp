@@ -100,33 +100,38 @@ struct Place {
   float* row_sums;
 };
 
+// What the thread that runs a phase computes in, whoever's sample it is.
+thread_local float* own_scratch = nullptr;
+
 // Some rows of a convolution, for one sample or several.
 struct ConvPhase {
   Conv conv;            // of the first sample
   const Place* places;  // of all samples where they are several
-  int64_t samples, first_row, rows, groups;
-  void (*run)(const Conv& conv, int64_t begin, int64_t end);
+  int64_t samples, groups, first_row, last_row;
+  int64_t step;  // rows that are computed together
+  void (*run)(const Conv& conv, const Part& part);
   // The smaller of weights and maps stays in cache while the other streams by: all samples for a group of
   // output channels, or all output channels for a row.
   bool by_group;
 
-  int64_t units() const { return (by_group ? groups : 1) * samples * rows; }
+  int64_t steps() const { return (last_row - first_row + step - 1) / step; }
+  int64_t units() const { return (by_group ? groups : 1) * samples * steps(); }
 
   void operator()(int64_t begin, int64_t end) const {
     Conv work = conv;
+    work.scratch = own_scratch;
+    const int64_t most = steps();
     for (int64_t n; begin < end; begin += n) {
-      const int64_t row = begin % rows, sample = begin / rows % samples, group = begin / rows / samples;
-      n = std::min(end - begin, rows - row);
+      const int64_t first = begin % most, sample = begin / most % samples, group = begin / most / samples;
+      n = std::min(end - begin, most - first);
       if (samples > 1) {
         work.in.data = places[sample].in;
         work.out.data = places[sample].out;
         work.relu = places[sample].relu;
         work.row_sums = places[sample].row_sums;
       }
-      for (int64_t g = by_group ? group : 0; g < (by_group ? group + 1 : groups); ++g) {
-        const int64_t unit = g * conv.height + first_row + row;
-        run(work, unit, unit + n);
-      }
+      run(work, {by_group ? group : 0, by_group ? group + 1 : groups, first_row + first * step,
+                 std::min(first_row + (first + n) * step, last_row)});
     }
   }
 };
@@ -306,10 +311,14 @@ class Walk {
     phase.places = places;
     phase.samples = n;
     phase.first_row = begin;
-    phase.rows = end - begin;
-    phase.groups = plan_.conv.units(work) / work.height;
-    phase.run = plan_.conv.run;
-    phase.by_group = conv.bytes > n * first.in.planes * plane(first.in) * plan_.element_bytes();
+    phase.last_row = end;
+    phase.groups = (conv.vectors + conv.functions->group - 1) / conv.functions->group;
+    phase.step = conv.functions->winograd ? 2 : 1;
+    phase.run = conv.functions->run;
+    // Winograd's transformation of the inputs is work that only the groups of one part share.
+    phase.by_group = conv.functions->winograd
+                         ? crew_.parts() > n * phase.steps()
+                         : conv.bytes > n * first.in.planes * plane(first.in) * plan_.element_bytes();
     share(phase.units(), phase);
   }
 
@@ -505,7 +514,8 @@ class Walk {
     while (done[last] < height) {
       needed[last] = std::min(done[last] + strip, height);
       for (int64_t j = last; j > 0; --j) {
-        const int64_t rows = (needed[j] - 1) * body[j].stride + 1 + body[j].kernel / 2;
+        // Even: a tile of Winograd's is two rows.
+        const int64_t rows = ((needed[j] - 1) * body[j].stride + 2 + body[j].kernel / 2) / 2 * 2;
         needed[j - 1] = block.squeezes ? body[j - 1].out_height : std::min(rows, body[j - 1].out_height);
       }
       for (int64_t j = 0; j <= last; ++j) {
@@ -568,9 +578,11 @@ void walk(const PackedPlan& plan, const WalkBatch& batch, int threads) {
   const int64_t workers = threads / Team::kMaxParts < groups ? threads : groups * Team::kMaxParts;
   Crew crew(groups, workers);
   std::vector<std::unique_ptr<Workspace>> workspaces = plan.take_workspaces(crew.drivers(), size);
+  std::vector<AlignedFloats> scratch = plan.take_scratch(workers);
   // Each range is a worker. The first to come take the groups.
   parallel_for(workers, 1, static_cast<int>(workers), [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
+      own_scratch = scratch[worker].get();
       int64_t group = crew.next();
       if (group >= 0) {
         const int64_t driver = crew.join();
@@ -585,7 +597,7 @@ void walk(const PackedPlan& plan, const WalkBatch& batch, int threads) {
       crew.help();
     }
   });
-  plan.give_back(std::move(workspaces));
+  plan.give_back(std::move(workspaces), std::move(scratch));
 }
 
 }  // namespace spnet::cpu
