@@ -23,17 +23,19 @@ sanitize:
 CORE_TESTS := tests/test_native.py tests/test_walk_core.py tests/test_watch.py tests/test_cuda_walk.py
 
 sanitize-address: build/address/_core.so
-	$(call under,asan) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/sanitize.py $< \
+	$(call under,asan) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 $(call pytest,$<) $(PARALLEL) \
 	  $(CORE_TESTS) tests/execution/test_kept.py tests/execution/test_plan_files.py \
 	  -k "not (compile or opcheck or cuda_kernels or exit_with or bad_sample or nan_flows or changes_no_bit or \
 	    batch_splits or carries_nothing_over or (cuda_walk and bfloat16))"
 
 sanitize-thread: build/thread/_core.so
-	$(call under,tsan) TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 $(BIN)/python tests/sanitize.py $< \
+	$(call under,tsan) TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 $(call pytest,$<) \
 	  $(CORE_TESTS) tests/execution/test_walk.py -k "thread or every_place or (cuda_walk and forced_paths and 5)"
 
 # With addresses that are not random, where the system lets it: the shadow memory of GCC 12 needs them on new kernels.
 under = $(FIXED_ADDRESSES) env LD_PRELOAD="$(call library,$1) $(call library,stdc++)"
+# What a sanitizer writes is not captured.
+pytest = SPNET_TEST_CORE=$1 $(BIN)/python -m pytest -p tests.sanitize --capture=sys
 library = $(shell $(CXX) -print-file-name=lib$1.so)
 FIXED_ADDRESSES = $(shell setarch --addr-no-randomize true 2>/dev/null && echo setarch --addr-no-randomize)
 

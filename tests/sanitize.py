@@ -1,11 +1,9 @@
-"""Runs pytest with the native core of another build: python tests/sanitize.py CORE [pytest arguments]."""
+"""A plugin: ``SPNET_TEST_CORE=path python -m pytest -p tests.sanitize`` runs the native core of another build."""
 
 import importlib.util
+import os
 import sys
 
-import pytest
-
-spec = importlib.util.spec_from_file_location("spnet._core", sys.argv[1])
+spec = importlib.util.spec_from_file_location("spnet._core", os.environ["SPNET_TEST_CORE"])
 core = sys.modules["spnet._core"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(core)
-sys.exit(pytest.main(["--capture=sys", *sys.argv[2:]]))  # what a sanitizer writes is not captured
