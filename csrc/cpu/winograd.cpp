@@ -9,8 +9,6 @@ namespace spnet::cpu::SPNET_LEVEL {
 namespace {
 
 constexpr int kGroup = 2;
-// Tiles whose products are computed together: enough to reuse weights, few enough to stay in cache.
-constexpr int64_t kMostTiles = 16;
 // Between the numbers of one place and of the next, so that those of a tile do not compete for cache lines.
 constexpr int64_t kGap = 16;
 
@@ -23,6 +21,9 @@ constexpr int kMaxTiles[] = {12, 5};  // of 16 registers
 #else
 constexpr int kMaxTiles[] = {8, 5};  // of 16 registers, with products that need one
 #endif
+
+// Tiles whose products are computed together: few, to stay in cache; more where weights come from farther.
+int64_t most_tiles(int64_t cin) { return cin < 128 ? 16 : 32; }
 
 // out[tile][output] = sum over channels of in[plane][tile][channel] * weight[channel][output].
 template <int kTiles, int kVectors>
@@ -180,7 +181,7 @@ void transform_out(const Conv& conv, const Chunk& chunk, int64_t vector, int64_t
 
 int64_t scratch(int64_t cin) {
   const int64_t channels = (cin + kLanes - 1) / kLanes * kLanes;
-  return kWinogradPlaces * (kMostTiles * (channels + kGroup * kLanes) + 2 * kGap);
+  return kWinogradPlaces * (most_tiles(cin) * (channels + kGroup * kLanes) + 2 * kGap);
 }
 
 void run(const Conv& conv, const Part& part) {
@@ -188,9 +189,11 @@ void run(const Conv& conv, const Part& part) {
   chunk.in_row = (conv.width + 1) / 2;
   chunk.planes = (conv.cin + kLanes - 1) / kLanes;
   chunk.in = conv.scratch;
-  const int64_t end = (part.last_row + 1) / 2 * chunk.in_row;
-  for (chunk.first = part.first_row / 2 * chunk.in_row; chunk.first < end; chunk.first += chunk.count) {
-    chunk.count = end - chunk.first < kMostTiles ? end - chunk.first : kMostTiles;
+  chunk.first = part.first_row / 2 * chunk.in_row;
+  int64_t left = (part.last_row + 1) / 2 * chunk.in_row - chunk.first;
+  const int64_t most = most_tiles(conv.cin);
+  for (int64_t turns = (left + most - 1) / most; turns > 0; --turns) {
+    chunk.count = (left + turns - 1) / turns;
     chunk.products = chunk.in + kWinogradPlaces * chunk.in_place();
     transform_in(conv, chunk);
     for (int64_t group = part.first_group; group < part.last_group; ++group) {
@@ -201,6 +204,8 @@ void run(const Conv& conv, const Part& part) {
       multiply_all(conv, chunk, vectors, weight);
       transform_out(conv, chunk, vector, vectors, part);
     }
+    chunk.first += chunk.count;
+    left -= chunk.count;
   }
 }
 
