@@ -59,7 +59,8 @@ void bind_walk(py::module_& m) {
       py::arg("threads"), py::arg("seconds"), py::arg("precision") = cpu::Precision::float32,
       py::call_guard<py::gil_scoped_release>());
   m.def("conv_gflops", &cpu::conv_gflops,
-        "What the walk's 3x3 convolution reaches on maps [channels, height, width], one in each thread.",
+        "What the walk's 3x3 convolution reaches on maps [channels, height, width], "
+        "one in each thread, counted as the direct one.",
         py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("threads"), py::arg("seconds"),
         py::arg("precision") = cpu::Precision::float32, py::call_guard<py::gil_scoped_release>());
 }
