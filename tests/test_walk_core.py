@@ -252,10 +252,10 @@ NETWORKS = {
             Block(310, 256, 320, 2, PROJECTION),
         ],
     ),
-    # Winograd's tiles, cut off at both edges, of one vector and of several, padded and not; and for weights that
-    # are large.
+    # Winograd's tiles, cut off at both edges, of one vector and of several, padded and not; and with weights that
+    # are large, for many tiles and for few.
     "tiles": Network(20, (15, 13), 24, [Block(24, 40, 24), Block(24, 17, 40, 1, PROJECTION), Block(40, 33, 40)]),
-    "many-tiles": chain(136, 136, size=(13, 14), in_channels=1),
+    "large-weights": Network(1, (13, 14), 136, [Block(136, 136, 136), Block(136, 184, 184, 2, PROJECTION)]),
     "heavy-squeezes": Network(
         1,
         (7, 5),

@@ -30,7 +30,9 @@ constexpr int64_t kStripBytes = 512 << 10;
 
 constexpr int64_t kWinogradChannels = 16;
 constexpr int64_t kWinogradTiles = 4;
-constexpr int64_t kWinogradTilesOfLargeWeights = 49;
+constexpr int64_t kWinogradTilesOfLargeWeights = 16;
+// For each tile: more come slower from memory than they are multiplied.
+constexpr int64_t kStreamedBytes = 128 << 10;
 
 // Behind each buffer of a workspace, so that AddressSanitizer sees who writes beyond it.
 #ifdef __SANITIZE_ADDRESS__
@@ -44,6 +46,10 @@ void guard(const void*) {}
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 int64_t whole_lines(int64_t bytes) { return round_up(bytes, kLineBytes); }
+
+int64_t winograd_tiles(const PlanConv& conv) {
+  return (conv.out_height + 1) / 2 * ((conv.out_width + 1) / 2);
+}
 
 }  // namespace
 
@@ -60,7 +66,7 @@ AlignedFloats::AlignedFloats(int64_t size) {
 }
 
 bool suits_winograd(const PlanConv& conv) {
-  const int64_t tiles = (conv.out_height + 1) / 2 * ((conv.out_width + 1) / 2);
+  const int64_t tiles = winograd_tiles(conv);
   const int64_t bytes = kWinogradPlaces * conv.cin * conv.cout * sizeof(float);
   return conv.kernel == 3 && conv.stride == 1 && std::min(conv.cin, conv.cout) >= kWinogradChannels &&
          tiles >= kWinogradTiles && (bytes <= kWeightBytes || tiles >= kWinogradTilesOfLargeWeights);
@@ -121,9 +127,9 @@ PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
   const ConvFunctions& functions = suits ? *winograd : conv;
   if (suits) scratch_bytes_ = std::max<int64_t>(scratch_bytes_, functions.scratch(shape.cin) * sizeof(float));
   const float* packed = packed_.back().get();
-  PackedConv result{
-      &functions, packed, pack_vector(floats + shape.bias, shape.cout), shape, vectors(shape.cout), bytes,
-      {},         {}};
+  const bool streams = suits && bytes > kStreamedBytes * winograd_tiles(shape);
+  const float* bias = pack_vector(floats + shape.bias, shape.cout);
+  PackedConv result{&functions, packed, bias, shape, vectors(shape.cout), bytes, streams, {}, {}};
   const PlanSqueeze& squeeze = shape.squeeze;
   if (squeeze.width > 0) {
     result.squeeze = pack_linear(floats, squeeze.weight1, squeeze.bias1, shape.cout, squeeze.width);

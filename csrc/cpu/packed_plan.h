@@ -41,6 +41,7 @@ struct PackedConv {
   const float* bias;
   PlanConv shape;
   int64_t vectors, bytes;  // of output channels; of the weights
+  bool streams;            // by Winograd, with weights that come from memory for a few tiles
   Linear squeeze, excite;  // where shape.squeeze says so
 };
 

@@ -317,7 +317,7 @@ class Walk {
     phase.run = conv.functions->run;
     // Winograd's transformation of the inputs is work that only the groups of one part share.
     phase.by_group = conv.functions->winograd
-                         ? crew_.parts() > n * phase.steps()
+                         ? crew_.parts() > n * phase.steps() || (conv.streams && n > 1)
                          : conv.bytes > n * first.in.planes * plane(first.in) * plan_.element_bytes();
     share(phase.units(), phase);
   }
