@@ -1,8 +1,6 @@
 // Compiled once per level (see level.h).
 #include "walk_ops.h"
 
-#include <algorithm>
-
 #include "vec.h"
 
 namespace spnet::cpu::SPNET_LEVEL {
@@ -51,12 +49,12 @@ void pad_shortcut(const PadShortcut& pad, int64_t row_begin, int64_t row_end) {
 void means(const Means& means, int64_t row_begin, int64_t row_end) {
   const int64_t lanes = means.in.lanes, stride = means.stride;
   for (int64_t y = row_begin; y < row_end; ++y) {
-    const int64_t rows = std::min(stride, means.in_height - y * stride);
+    const int64_t below = means.in_height - y * stride, rows = below < stride ? below : stride;
     for (int64_t v = 0; v < means.vectors; ++v) {
       const Element* from = at(means.in, v, y * stride);
       Element* to = at(means.out, v, y);
       for (int64_t x = 0; x < means.width; ++x, from += stride * lanes, to += lanes) {
-        const int64_t columns = std::min(stride, means.in_width - x * stride);
+        const int64_t left = means.in_width - x * stride, columns = left < stride ? left : stride;
         Vec sum{};
         for (int64_t i = 0; i < rows; ++i) {
           for (int64_t j = 0; j < columns; ++j) sum += load_elements(from + i * means.in.row + j * lanes);
