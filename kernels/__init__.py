@@ -16,7 +16,7 @@ One block of a bottleneck network with an identity shortcut, state [B, H, W, C],
     pool_(sums, state, index, count)                            # only what the block before has changed
     route_(margins, sums, H * W, router.w1, router.b1, router.w2)
     decide_(index, count, decisions[:, l], margins, router.b2, threshold)
-    # or, where paths force the decisions: compact_(index, count, paths[:, l])
+    # or, where paths force the decisions, for all blocks at once: compact_(lists, counts, paths)
     conv_(a, state, w1, bias1, index=index, count=count, gather=True)              # [n, H, W, M]
     conv_(b, a, w2, bias2, count=count)                                            # [n, H, W, M]
     conv_(state, b, w3, bias3, index=index, count=count, scatter=True, add=True)   # relu(state + body)
@@ -27,10 +27,11 @@ one whose shortcut is a convolution, whose result is the new state::
     ...
     conv_(state2, b, w3, bias3, index=index, count=count, scatter=True, add=True)
 
-and the stem, whose input lies in a border of zeros (max-pooling is left to PyTorch)::
+and the stem, whose input lies in a border of zeros::
 
     interior(padded, x.shape, 7).copy_(x)
     stem_conv_(map, padded, pack_stem_weight(weight), bias, stride=2)
+    max_pool_(state, map, 3, 2, 1)
 
 Tile shapes are looked up, never tuned at a call: :mod:`spnet.kernels.tiling`. ``python -m spnet.kernels.check``
 compiles every kernel without a GPU, ``python -m spnet.kernels.tune`` measures tiles on one. So far the kernels have
@@ -38,22 +39,26 @@ run in Triton's interpreter and been compiled, but neither run nor been measured
 """
 
 from spnet.kernels.compact import compact_, decide_
-from spnet.kernels.conv import conv_, pack_weight
+from spnet.kernels.conv import Scratch, conv_, pack_weight
+from spnet.kernels.max_pool import max_pool_, pooled_shape
 from spnet.kernels.pool import pool_, slabs
 from spnet.kernels.route import RouterWeights, parts, route_
 from spnet.kernels.stem import interior, pack_stem_weight, padded_shape, stem_conv_
 
 __all__ = [
     "RouterWeights",
+    "Scratch",
     "compact_",
     "conv_",
     "decide_",
     "interior",
+    "max_pool_",
     "pack_stem_weight",
     "pack_weight",
     "padded_shape",
     "parts",
     "pool_",
+    "pooled_shape",
     "route_",
     "slabs",
     "stem_conv_",

@@ -21,11 +21,18 @@ def _compact_kernel(
     b2_ptr,
     threshold_ptr,
     batch,
+    stride_i,
+    stride_c,
     stride_d,
+    stride_l,
     PARTS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    block = tl.program_id(0)
+    index_ptr += block * stride_i
+    count_ptr += block * stride_c
+    decisions_ptr += block * stride_l
     total = tl.zeros((), tl.int32)
     for start in range(0, batch, BLOCK):
         sample = start + tl.arange(0, BLOCK)
@@ -46,12 +53,12 @@ def _compact_kernel(
 
 
 def compact_(index: Tensor, count: Tensor, decisions: Tensor) -> None:
-    """List the samples that execute: ``index[:count]`` are the positions of the True values, ascending.
+    """List the samples that execute: ``index[l, :count[l]]`` are the True positions of ``decisions[:, l]``, ascending.
 
     Args:
-        index: int32 [B], B <= 65,536; what lies behind count keeps its bits.
-        count: int32 [1].
-        decisions: bool [B] of any stride (a column of [B, L]).
+        index: int32 [L, B] with contiguous rows, B <= 65,536; what lies behind count keeps its bits.
+        count: int32 [L] of any stride.
+        decisions: bool [B, L] of any strides.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
@@ -63,8 +70,8 @@ def decide_(index: Tensor, count: Tensor, decisions: Tensor, margins: Tensor, b2
     """Decide, then list: a sample executes where ``margins.sum(1) + b2 > threshold``; a tie or a NaN skips.
 
     Args:
-        index, count: as in :func:`compact_`.
-        decisions: bool [B] of any stride, written.
+        index, count: int32 [B] and [1], as of one block in :func:`compact_`.
+        decisions: bool [B] of any stride, written: a column of [B, L].
         margins: float32 [B, P], what :func:`spnet.kernels.route_` wrote; contiguous.
         b2: float32 [1], the folded router's last bias.
         threshold: float32 [1]; on the device, so that a captured graph can be replayed with another.
@@ -76,16 +83,21 @@ def decide_(index: Tensor, count: Tensor, decisions: Tensor, margins: Tensor, b2
 
 
 def _check_compact(index, count, decisions) -> None:
-    check("decisions", decisions, torch.bool, (-1,))
-    check("index", index, torch.int32, (decisions.shape[0],))
-    check("count", count, torch.int32, (1,))
-    if decisions.shape[0] > MAX_BATCH:
-        raise ValueError(f"decisions: expected at most {MAX_BATCH} samples, got {decisions.shape[0]}")
-    check_contiguous(index=index)
+    check("decisions", decisions, torch.bool, (-1, -1))
+    batch, blocks = decisions.shape
+    check("index", index, torch.int32, (blocks, batch))
+    check("count", count, torch.int32, (blocks,))
+    if batch > MAX_BATCH:
+        raise ValueError(f"decisions: expected at most {MAX_BATCH} samples, got {batch}")
+    if index.stride(1) != 1 and batch > 1:
+        raise ValueError(f"index: expected contiguous rows, got strides {index.stride()} for {list(index.shape)}")
 
 
 def _check_decide(index, count, decisions, margins, b2, threshold) -> None:
-    _check_compact(index, count, decisions)
+    check("index", index, torch.int32, (-1,))
+    check("count", count, torch.int32, (1,))
+    check("decisions", decisions, torch.bool, (-1,))
+    _check_compact(index[None], count, decisions[:, None])
     check("margins", margins, torch.float32, (decisions.shape[0], -1))
     check("b2", b2, torch.float32, (1,))
     check("threshold", threshold, torch.float32, (1,))
@@ -93,18 +105,28 @@ def _check_decide(index, count, decisions, margins, b2, threshold) -> None:
 
 
 def _twin_compact(index, count, decisions) -> None:
-    positions = decisions.nonzero().squeeze(1)
-    index[: len(positions)] = positions.int()
-    count.fill_(len(positions))
+    for block, executes in enumerate(decisions.unbind(1)):
+        positions = executes.nonzero().squeeze(1)
+        index[block, : len(positions)] = positions.int()
+        count[block] = len(positions)
 
 
 def _twin_decide(index, count, decisions, margins, b2, threshold) -> None:
     decisions.copy_(margins.sum(1) + b2 > threshold)
-    _twin_compact(index, count, decisions)
+    _twin_compact(index[None], count, decisions[:, None])
 
 
-def launch(index, count, decisions, margins=None, b2=None, threshold=None) -> Launch:
-    """The launch of one ``compact_`` or ``decide_``: one program, so that the order is that of the samples."""
+def launch(index, count, decisions) -> Launch:
+    """The launch of one ``compact_``: a program for each block, so that the order is that of the samples."""
+    return _launch(index, count, decisions, None, None, None)
+
+
+def launch_decide(index, count, decisions, margins, b2, threshold) -> Launch:
+    """The launch of one ``decide_``."""
+    return _launch(index[None], count, decisions[:, None], margins, b2, threshold)
+
+
+def _launch(index, count, decisions, margins, b2, threshold) -> Launch:
     parts = 0 if margins is None else margins.shape[1]
     arguments = dict(
         index_ptr=index,
@@ -114,12 +136,15 @@ def launch(index, count, decisions, margins=None, b2=None, threshold=None) -> La
         b2_ptr=b2,
         threshold_ptr=threshold,
         batch=decisions.shape[0],
+        stride_i=index.stride(0),
+        stride_c=count.stride(0),
         stride_d=decisions.stride(0),
+        stride_l=decisions.stride(1),
         PARTS=parts,
         BLOCK_PARTS=triton.next_power_of_2(max(parts, 1)),
         BLOCK=1024,
     )
-    return Launch(_compact_kernel, 1, arguments, warps=8, stages=1)
+    return Launch(_compact_kernel, decisions.shape[1], arguments, warps=8, stages=1)
 
 
 define(
@@ -132,5 +157,5 @@ define(
     "decide_(Tensor(a!) index, Tensor(b!) count, Tensor(c!) decisions, Tensor margins, Tensor b2, Tensor threshold)",
     _check_decide,
     _twin_decide,
-    launch,
+    launch_decide,
 )

@@ -2,10 +2,13 @@
 
 An implicit matrix product: rows are the output pixels of the listed samples (M), columns the output channels (N), and
 the sum runs over taps and input channels (K). Only the address of an input row knows of convolution, stride, padding
-and of the index list, so 1x1 and 3x3 kernels, gather and scatter are one loop.
+and of the index list, so 1x1 and 3x3 kernels, gather and scatter are one loop. Where there are fewer tiles than
+multiprocessors, a small batch, several programs share a tile, each with a part of the sum: split-K.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,19 @@ from spnet.kernels import tiling
 from spnet.kernels.library import SPNET, Launch, check, check_contiguous, define, multiprocessors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Scratch(NamedTuple):
+    """Memory in which programs that share a tile meet; of one stream at a time."""
+
+    partials: Tensor  # float32 [n]
+    counters: Tensor  # int32 [n], zeros between launches
+
+    @classmethod
+    def on(cls, device: torch.device) -> Scratch:
+        """Enough for all that :func:`spnet.kernels.tiling.rule` splits: 4 MiB."""
+        partials = torch.empty(tiling.SPLIT_TILES * 64 * 64, dtype=torch.float32, device=device)
+        return cls(partials, torch.zeros(tiling.SPLIT_TILES, dtype=torch.int32, device=device))
 
 
 @triton.jit
@@ -35,6 +51,8 @@ def _conv_kernel(
     index_ptr,
     count_ptr,
     skip_relu_ptr,
+    partials_ptr,
+    counters_ptr,
     batch,
     stride_skip,
     H_IN: tl.constexpr,
@@ -60,10 +78,12 @@ def _conv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     PIXELS: tl.constexpr = H_OUT * W_OUT
     K: tl.constexpr = KERNEL_H * KERNEL_W * CIN
     STEPS: tl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K  # per tap
+    STEPS_OF_PART: tl.constexpr = KERNEL_H * KERNEL_W * STEPS // SPLIT
     TILES_N: tl.constexpr = (COUT + BLOCK_N - 1) // BLOCK_N
     EVEN_K: tl.constexpr = CIN % BLOCK_K == 0
     EVEN_N: tl.constexpr = COUT % BLOCK_N == 0
@@ -72,7 +92,9 @@ def _conv_kernel(
         n = tl.load(count_ptr)
     rows = n * PIXELS
     tiles_m = tl.cdiv(rows, BLOCK_M)
-    for tile in range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0)):
+    for task in range(tl.program_id(0), tiles_m * TILES_N * SPLIT, tl.num_programs(0)):
+        tile = task // SPLIT
+        part = task % SPLIT
         # Neighbouring programs share a strip of GROUP_M row blocks, and so their weights and inputs in L2.
         group = tile // (GROUP_M * TILES_N)
         group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
@@ -97,7 +119,7 @@ def _conv_kernel(
         weight_row = (column if EVEN_N else tl.where(column < COUT, column, 0)) * K
         k = tl.arange(0, BLOCK_K)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(KERNEL_H * KERNEL_W * STEPS):
+        for step in range(part * STEPS_OF_PART, (part + 1) * STEPS_OF_PART):
             tap = step // STEPS
             channel = step % STEPS * BLOCK_K
             tap_h = tap // KERNEL_W
@@ -123,22 +145,36 @@ def _conv_kernel(
                 b = _round_to_tf32(b)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-        column_ok = column < COUT
-        stored = row_ok[:, None] if EVEN_N else row_ok[:, None] & column_ok[None, :]
-        out_row = listed.to(tl.int64) * PIXELS + pixel if SCATTER else row.to(tl.int64)
-        out_ptrs = out_ptr + out_row[:, None] * COUT + column[None, :]
-        acc += (tl.load(bias_ptr + column) if EVEN_N else tl.load(bias_ptr + column, mask=column_ok, other=0.0))[
-            None, :
-        ]
-        if ADD:
-            acc += tl.load(out_ptrs, mask=stored, other=0.0).to(tl.float32)
-        if RELU:
-            clamped = acc < 0  # NaN stays NaN
-            if skip_relu_ptr is not None:
-                executes = tl.load(skip_relu_ptr + position.to(tl.int64) * stride_skip, mask=row_ok, other=0)
-                clamped = clamped & (executes == 0)[:, None]
-            acc = tl.where(clamped, 0.0, acc)
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=stored)
+        last = True
+        if SPLIT > 1:
+            element = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            partial_ptrs = partials_ptr + tile * (SPLIT * BLOCK_M * BLOCK_N) + element
+            tl.store(partial_ptrs + part * (BLOCK_M * BLOCK_N), acc)
+            tl.debug_barrier()  # all of the program's are stored before its arrival is
+            last = tl.atomic_add(counters_ptr + tile, 1) == SPLIT - 1
+            if last:
+                tl.store(counters_ptr + tile, 0)
+                # In the order of the parts, whoever came last.
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                for i in range(SPLIT):
+                    acc += tl.load(partial_ptrs + i * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
+        if last:
+            column_ok = column < COUT
+            stored = row_ok[:, None] if EVEN_N else row_ok[:, None] & column_ok[None, :]
+            out_row = listed.to(tl.int64) * PIXELS + pixel if SCATTER else row.to(tl.int64)
+            out_ptrs = out_ptr + out_row[:, None] * COUT + column[None, :]
+            acc += (tl.load(bias_ptr + column) if EVEN_N else tl.load(bias_ptr + column, mask=column_ok, other=0.0))[
+                None, :
+            ]
+            if ADD:
+                acc += tl.load(out_ptrs, mask=stored, other=0.0).to(tl.float32)
+            if RELU:
+                clamped = acc < 0  # NaN stays NaN
+                if skip_relu_ptr is not None:
+                    executes = tl.load(skip_relu_ptr + position.to(tl.int64) * stride_skip, mask=row_ok, other=0)
+                    clamped = clamped & (executes == 0)[:, None]
+                acc = tl.where(clamped, 0.0, acc)
+            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=stored)
 
 
 def conv_(
@@ -156,6 +192,7 @@ def conv_(
     relu: bool = True,
     skip_relu: Tensor | None = None,
     tf32: bool = False,
+    scratch: Scratch | None = None,
 ) -> None:
     """Convolve the first ``count`` samples, or those that are listed, and write into ``out``.
 
@@ -177,12 +214,15 @@ def conv_(
         relu: apply ReLU to the result. NaN stays NaN.
         skip_relu: bool [B] of any stride: samples that get no ReLU. For the shortcut of a routed block, to whose
             executing samples (its decisions) the body is added later. Without index and count.
-        tf32: multiply float32 by tensor cores, x and weight rounded to 10 bits of mantissa. Not on the CPU.
+        tf32: round x and weight of float32 to the 10 bits of mantissa that tensor cores multiply. Not on the CPU.
+            Otherwise they multiply each number's leading and following bits, with errors like those of float32.
+        scratch: lets several programs share a tile where there are few. Not on the CPU.
 
     Raises:
         TypeError, ValueError: an argument does not fit; out is unchanged.
     """
-    SPNET.conv_(out, x, weight, bias, stride, index, count, gather, scatter, add, relu, skip_relu, tf32)
+    modes = gather, scatter, add, relu, skip_relu, tf32
+    SPNET.conv_(out, x, weight, bias, stride, index, count, *modes, *(scratch or (None, None)))
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -190,7 +230,9 @@ def pack_weight(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).contiguous()
 
 
-def _check(out, x, weight, bias, stride, index, count, gather, scatter, add, relu, skip_relu, tf32) -> None:
+def _check(
+    out, x, weight, bias, stride, index, count, gather, scatter, add, relu, skip_relu, tf32, partials, counters
+) -> None:
     check("x", x, DTYPES, (-1, -1, -1, -1))
     batch, h, w, cin = x.shape
     check("weight", weight, x.dtype, (-1, -1, -1, cin))
@@ -204,6 +246,8 @@ def _check(out, x, weight, bias, stride, index, count, gather, scatter, add, rel
     check("index", index, torch.int32, (-1,))
     check("count", count, torch.int32, (1,))
     check("skip_relu", skip_relu, torch.bool, (batch,))
+    check("partials", partials, torch.float32, (-1,))
+    check("counters", counters, torch.int32, (-1,))
     if (gather or scatter) and (index is None or count is None):
         raise ValueError("index, count: expected both with gather or scatter, got None")
     if skip_relu is not None and (count is not None or not relu):
@@ -212,10 +256,12 @@ def _check(out, x, weight, bias, stride, index, count, gather, scatter, add, rel
         raise ValueError(f"out: expected batch {batch} like x, got {out.shape[0]}")
     if max(batch, out.shape[0]) * h * w >= 2**31:
         raise ValueError(f"x: expected fewer than 2^31 pixels, got {list(x.shape)}")
-    check_contiguous(out=out, x=x, weight=weight, bias=bias, index=index)
+    check_contiguous(out=out, x=x, weight=weight, bias=bias, index=index, partials=partials, counters=counters)
 
 
-def _twin(out, x, weight, bias, stride, index, count, gather, scatter, add, relu, skip_relu, tf32) -> None:
+def _twin(
+    out, x, weight, bias, stride, index, count, gather, scatter, add, relu, skip_relu, tf32, partials, counters
+) -> None:
     n = x.shape[0] if count is None else int(count)
     rows = x[:n] if not gather else x[index[:n]]
     y = F.conv2d(
@@ -247,13 +293,16 @@ def launch(
     relu,
     skip_relu,
     tf32,
+    partials=None,
+    counters=None,
     tile: tiling.Tile | None = None,
 ) -> Launch:
     """The launch of one ``conv_``, by the tile given or the one of the table."""
     kernel = weight.shape[1]
     geometry = dict(KERNEL_H=kernel, KERNEL_W=kernel, STRIDE_H=stride, STRIDE_W=stride, PADDING=kernel // 2)
     modes = dict(GATHER=gather, SCATTER=scatter, ADD=add, RELU=relu)
-    return launch_product(out, x, weight, bias, index, count, skip_relu, geometry, modes, tf32, tile)
+    scratch = None if partials is None else Scratch(partials, counters)
+    return launch_product(out, x, weight, bias, index, count, skip_relu, geometry, modes, tf32, scratch, tile)
 
 
 def launch_product(
@@ -267,6 +316,7 @@ def launch_product(
     geometry: dict[str, int],
     modes: dict[str, bool],
     tf32: bool,
+    scratch: Scratch | None,
     tile: tiling.Tile | None,
 ) -> Launch:
     """Any convolution whose taps and channels lie in x [B, H, W, C] at its strides, the last of which is 1."""
@@ -277,6 +327,14 @@ def launch_product(
         shape = tiling.Shape.of(x.dtype, tf32, geometry["KERNEL_H"], cin, cout, rows)
         tile = tiling.choose(tiling.architecture(x.device), shape)
     tiles = -(-rows // tile.block_m) * -(-cout // tile.block_n)
+    steps = geometry["KERNEL_H"] * geometry["KERNEL_W"] * -(-cin // tile.block_k)
+    split = tile.split
+    if scratch is None or tiles > len(scratch.counters) or steps % split:
+        split = 1
+    elif tiles * split * tile.block_m * tile.block_n > len(scratch.partials):
+        split = 1
+    # Of halves the products are exact; FMAs in place of three products of tensor cores would take many times longer.
+    precision = "ieee" if x.dtype != torch.float32 else "tf32" if tf32 else "tf32x3"
     arguments = dict(
         out_ptr=out,
         x_ptr=x,
@@ -285,6 +343,8 @@ def launch_product(
         index_ptr=index,
         count_ptr=count,
         skip_relu_ptr=skip_relu,
+        partials_ptr=scratch.partials if split > 1 else None,
+        counters_ptr=scratch.counters if split > 1 else None,
         batch=batch,
         stride_skip=0 if skip_relu is None else skip_relu.stride(0),
         H_IN=h_in,
@@ -298,19 +358,20 @@ def launch_product(
         stride_xh=x.stride(1),
         stride_xw=x.stride(2),
         **modes,
-        PRECISION="tf32" if tf32 else "ieee",
+        PRECISION=precision,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
+        SPLIT=split,
     )
-    programs = min(tiles, multiprocessors(x.device) * tile.programs_per_sm)
+    programs = min(tiles * split, multiprocessors(x.device) * tile.programs_per_sm)
     return Launch(_conv_kernel, programs, arguments, tile.warps, tile.stages)
 
 
 define(
     "conv_(Tensor(a!) out, Tensor x, Tensor weight, Tensor bias, int stride, Tensor? index, Tensor? count, bool gather,"
-    " bool scatter, bool add, bool relu, Tensor? skip_relu, bool tf32)",
+    " bool scatter, bool add, bool relu, Tensor? skip_relu, bool tf32, Tensor(b!)? partials, Tensor(c!)? counters)",
     _check,
     _twin,
     launch,

@@ -11,11 +11,12 @@ import torch
 
 TABLES = Path(__file__).parent / "tiles"
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+SPLIT_TILES = 256  # at most, of a launch in which programs share tiles
 _MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148}
 
 
 class Tile(NamedTuple):
-    """How a convolution is cut up. All but group_m and programs_per_sm are powers of two."""
+    """How a convolution is cut up. All but group_m, programs_per_sm and split are powers of two."""
 
     block_m: int  # output pixels, of all samples that execute
     block_n: int  # output channels
@@ -24,6 +25,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int  # of the software pipeline
     programs_per_sm: int  # of the persistent grid
+    split: int = 1  # programs that share a tile, where there is scratch memory and it divides the steps
 
 
 class Shape(NamedTuple):
@@ -68,8 +70,7 @@ def table(architecture: str) -> dict[str, Tile]:
 def rule(architecture: str, shape: Shape) -> Tile:
     """An unmeasured default: the largest tile that the tensor cores like, made smaller until every SM has one."""
     halves = shape.dtype in ("float16", "bfloat16")
-    exact = shape.dtype == "float32"
-    block_m = 64 if exact else 128
+    block_m = 64 if shape.dtype == "float32" else 128
     block_n = min(128 if halves else 64, max(16, power_of_two(shape.cout)))  # float32 passes through registers
     wide = halves and architecture in ("sm_90", "sm_100")  # elsewhere operands pass through registers
     block_k = min(64 if wide else 32, max(16, power_of_two(shape.cin)))
@@ -82,14 +83,14 @@ def rule(architecture: str, shape: Shape) -> Tile:
         block_n //= 2
     if block_m == 128 and tiles() < multiprocessors:
         block_m = 64
-    if exact:
-        block_k = min(block_k, max(16, block_n // 2))  # more would spill
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     programs_per_sm = 1 if warps == 8 else 2
     itemsize = 2 if halves else 4
     room = SHARED_BYTES.get(architecture, 99 << 10) // programs_per_sm - block_m * block_n * itemsize
     stages = max(2, min(4, room // ((block_m + block_n) * block_k * itemsize)))
-    return Tile(block_m, block_n, block_k, 8, warps, stages, programs_per_sm)
+    steps = shape.kernel**2 * -(-shape.cin // block_k)
+    splits = [n for n in (2, 3, 4, 6, 8) if steps % n == 0 and steps >= 4 * n and tiles() * n <= multiprocessors]
+    return Tile(block_m, block_n, block_k, 8, warps, stages, programs_per_sm, max(splits, default=1))
 
 
 def architecture(device: torch.device) -> str:

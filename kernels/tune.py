@@ -26,16 +26,32 @@ from spnet.kernels.tiling import Shape, Tile
 
 def candidates(shape: Shape) -> list[Tile]:
     """Tiles worth a try; those that do not fit the GPU are left out by the measurement."""
-    halves, exact = shape.dtype in ("float16", "bfloat16"), shape.dtype == "float32"
+    halves = shape.dtype in ("float16", "bfloat16")
     cin, cout = (max(16, tiling.power_of_two(n)) for n in (shape.cin, shape.cout))
-    # Narrow tiles read the map more often, which is worth it only where wide ones leave multiprocessors without one.
-    narrowest = min(64, cout) if shape.rows * cout >= 128 * 128 * 64 else 16
+    most = tiling.SPLIT_TILES * 64 * 64  # elements of the result for which tiles are cut small, and shared
+    small = shape.rows * cout <= most // 2
+    if small:
+        sizes = [(64, n, 4) for n in (16, 32, 64)]
+    elif halves:
+        square = [(128, 128, 4), (128, 128, 8)]
+        sizes = [(64, 64, 4), (64, 128, 4), (128, 64, 4), *square, (128, 256, 8), (256, 64, 8), (256, 128, 8)]
+    else:
+        sizes = [(64, 32, 4), (64, 64, 4), (128, 64, 8), (128, 128, 8)]
     found = []
-    for m, n in product((32, 64) if exact else (64, 128, 256), (16, 32, 64) if exact else (16, 32, 64, 128, 256)):
-        warps = 8 if m * n >= 128 * 128 else 4
-        if narrowest <= n <= cout and m * n <= 128 * 256:
-            for k, stages in ((64, 3), (64, 4), (128, 3)) if halves else product((16, 32), (3, 4)):
-                found += [Tile(m, n, min(k, cin), 8, warps, stages, programs) for programs in (1, 2)]
+    for (m, n, warps), k in product(sizes, (64, 128) if halves else (16, 32)):
+        k, tiles = min(k, cin), -(-shape.rows // m) * -(-cout // n)
+        if n > cout or (k == 128 and max(m, n) > 64):
+            continue
+        steps = shape.kernel**2 * -(-shape.cin // k)
+        if small:
+            room = most // (tiles * m * n)
+            splits = [s for s in (1, 2, 3, 4, 6, 8, 12, 16) if steps % s == 0 and steps >= 2 * s and s <= room]
+            found += [Tile(m, n, k, 8, warps, stages, 2, s) for s in {1, *splits[-2:]} for stages in (3, 4)]
+        elif steps <= 2:  # they overlap with those of other programs alone
+            found += [Tile(m, n, k, 8, warps, 2, programs) for programs in (2, 3, 4)]
+        else:
+            pairs = (3, 1), (3, 2), (3, 3), (4, 1), (4, 2)
+            found += [Tile(m, n, k, 8, warps, stages, programs) for stages, programs in pairs]
     return list(dict.fromkeys(found))
 
 
@@ -61,7 +77,7 @@ def microseconds(launch: Launch) -> float:
         return float("inf")
     if spills:
         return float("inf")
-    return 1e3 * triton.testing.do_bench_cudagraph(launch.run, rep=3, return_mode="median")
+    return 1e3 * triton.testing.do_bench_cudagraph(launch.run, rep=1, return_mode="median")
 
 
 def tune(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from spnet.kernels import compact, conv, pool, route, stem, tiling
+from spnet.kernels import compact, conv, max_pool, pool, route, stem, tiling
 from spnet.kernels.library import Launch
 
 NETWORKS = ("resnet18", "resnet50", "resnet110_cifar")
@@ -54,7 +54,7 @@ class Conv(NamedTuple):
             last=(index, count, False, True, True, True, None),
             shortcut=(None, None, False, False, False, True, skip_relu),
         )
-        return conv.launch(out, x, weight, bias, self.stride, *options[self.role], tf32, tile)
+        return conv.launch(out, x, weight, bias, self.stride, *options[self.role], tf32, *conv.Scratch.on(device), tile)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -92,10 +92,11 @@ def small_launches(batch: int, device: torch.device) -> Iterator[tuple[str, Laun
 
     width = 128
     index, count = new(batch, dtype=torch.int32), new(1, dtype=torch.int32)
-    decisions, scalar = new(batch, 16, dtype=torch.bool)[:, 0], new(1)
+    decisions, scalar = new(batch, 16, dtype=torch.bool), new(1)
     margins = new(batch, route.parts(width))
-    yield f"compact batch {batch}", compact.launch(index, count, decisions)
-    yield f"decide batch {batch}", compact.launch(index, count, decisions, margins, scalar, scalar)
+    lists = new(16, batch, dtype=torch.int32), new(16, dtype=torch.int32)
+    yield f"compact batch {batch}", compact.launch(*lists, decisions)
+    yield f"decide batch {batch}", compact.launch_decide(index, count, decisions[:, 0], margins, scalar, scalar)
     for size, channels in ((56, 256), (7, 2048)):
         sums = new(batch, pool.slabs(size * size), channels)
         router = new(width, channels), new(width), new(width)
@@ -105,3 +106,7 @@ def small_launches(batch: int, device: torch.device) -> Iterator[tuple[str, Laun
             name = f"pool {size}x{size} {str(dtype).removeprefix('torch.')} batch {batch}"
             yield name, pool.launch(sums, x, index, count)
             yield f"{name} dense", pool.launch(sums, x, None, None)
+    for dtype in (torch.float16, torch.float32):
+        name = f"max_pool {str(dtype).removeprefix('torch.')} batch {batch}"
+        maps = (new(batch, size, size, 64, dtype=dtype) for size in (56, 112))
+        yield name, max_pool.launch(*maps, 3, 2, 1)

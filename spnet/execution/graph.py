@@ -22,15 +22,18 @@ from spnet.execution.device import on
 from spnet.execution.table import IDENTITY, PAD, POOLED, Block, Convolution, Network
 from spnet.kernels import (
     RouterWeights,
+    Scratch,
     compact_,
     conv_,
     decide_,
     interior,
+    max_pool_,
     pack_stem_weight,
     pack_weight,
     padded_shape,
     parts,
     pool_,
+    pooled_shape,
     route_,
     slabs,
     stem_conv_,
@@ -133,6 +136,7 @@ class _Layers:
             w1, b1, w2, b2 = (take() for _ in range(4))
             self.blocks.append(_Block(block, body, projection, RouterWeights(w1, b1, w2.flatten(), b2)))
         self._head = take()[:, None, None, :], take()
+        self._scratch = Scratch.on(weights.device)
 
     def image(self, batch: int) -> tuple[Tensor, Tensor]:
         """What the stem reads, and the view [B, C, H, W] of it into which the pixels are to be copied."""
@@ -156,7 +160,9 @@ class _Layers:
         for conv in self._deeper:
             state = conv.dense(state).relu_()
         if self.network.pool[0]:
-            state = _nhwc(F.max_pool2d(_nchw(state), *self.network.pool))
+            pooled = state.new_empty(pooled_shape(state.shape, *self.network.pool))
+            max_pool_(pooled, state, *self.network.pool)
+            state = pooled
         return state
 
     def forward(
@@ -164,31 +170,39 @@ class _Layers:
         tf32: bool,
     ) -> None:  # fmt: skip
         """image -> decisions bool [B, L] and logits float32 [B, classes]; without a threshold decisions are given."""
-        batch = len(decisions)
         state, sums = self.stem(image, tf32), None
-        index, count = _new(state, batch, torch.int32), _new(state, 1, torch.int32)
+        lists, counts = _lists(decisions)
+        if threshold is None:
+            compact_(lists, counts, decisions)
+        changed = None, None
         for column, block in enumerate(self.blocks):
-            executes = decisions[:, column]
+            executes, index, count = decisions[:, column], lists[column], counts[column : column + 1]
             if threshold is not None:
-                sums = _pool(state, sums, index, count)
-                margins = state.new_empty(batch, parts(block.shape.router_width), dtype=torch.float32)
+                sums = _pool(state, sums, *changed)
+                margins = state.new_empty(len(decisions), parts(block.shape.router_width), dtype=torch.float32)
                 route_(margins, sums, state.shape[1] * state.shape[2], *block.router[:3])
                 decide_(index, count, executes, margins, block.router.b2, threshold)
-            elif not dense[column]:
-                compact_(index, count, executes)
-            state = step(block, state, executes, index, count, dense[column], tf32)
+            state = step(block, state, executes, index, count, dense[column], tf32, self._scratch)
+            changed = index, count
             if block.shape.shortcut != IDENTITY:
                 sums = None
-        pooled = _pool(state, sums, index, count).sum(1) / (state.shape[1] * state.shape[2])
+        sums = _pool(state, sums, *changed)
+        pooled = (sums[:, 0] if sums.shape[1] == 1 else sums.sum(1)) / (state.shape[1] * state.shape[2])
         # Not cuBLAS, whose workspace a graph would have to keep, and which multiplies by TF32 where told to.
-        conv_(logits[:, None, None], pooled[:, None, None], *self._head, relu=False)
+        conv_(logits[:, None, None], pooled[:, None, None], *self._head, relu=False, scratch=self._scratch)
 
 
-def _new(like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    return like.new_empty(size, dtype=dtype)
+def _lists(decisions: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the lists of all blocks: int32 index [L, B] and count [L].
+
+    Each begins at 16 bytes whatever the batch is: for others Triton would compile its kernels again.
+    """
+    batch, blocks = decisions.shape
+    new = partial(decisions.new_empty, dtype=torch.int32)
+    return new((blocks, -(-batch // 4) * 4))[:, :batch], new((blocks, 4))[:, 0]
 
 
-def _pool(state: Tensor, sums: Tensor | None, index: Tensor, count: Tensor) -> Tensor:
+def _pool(state: Tensor, sums: Tensor | None, index: Tensor | None, count: Tensor | None) -> Tensor:
     """The sums of ``pool_``; where there are some, redone for what the last block has changed."""
     batch, h, w, channels = state.shape
     if sums is None:
@@ -200,8 +214,9 @@ def _pool(state: Tensor, sums: Tensor | None, index: Tensor, count: Tensor) -> T
 
 
 def step(
-    block: _Block, state: Tensor, executes: Tensor, index: Tensor, count: Tensor, dense: bool, tf32: bool
-) -> Tensor:
+    block: _Block, state: Tensor, executes: Tensor, index: Tensor, count: Tensor, dense: bool, tf32: bool,
+    scratch: Scratch,
+) -> Tensor:  # fmt: skip
     """The state behind a block, in place where its shortcut is the identity and it is not dense.
 
     Args:
@@ -209,7 +224,7 @@ def step(
         executes: bool [B]; index, count: the same as a list, unless dense.
         dense: compute the body for every sample, by PyTorch, and select.
     """
-    y = _shortcut(block, state, executes, tf32)
+    y = _shortcut(block, state, executes, tf32, scratch)
     if dense:
         x = state
         for conv in block.body[:-1]:
@@ -220,13 +235,13 @@ def step(
     for i, conv in enumerate(block.body):
         first, last = i == 0, i == len(block.body) - 1
         out = y if last else conv.out(x)
-        modes = dict(gather=first, scatter=last, add=last, stride=conv.shape.stride, tf32=tf32)
+        modes = dict(gather=first, scatter=last, add=last, stride=conv.shape.stride, tf32=tf32, scratch=scratch)
         conv_(out, x, conv.weight, conv.bias, index=index, count=count, **modes)
         x = out
     return y
 
 
-def _shortcut(block: _Block, state: Tensor, executes: Tensor, tf32: bool) -> Tensor:
+def _shortcut(block: _Block, state: Tensor, executes: Tensor, tf32: bool, scratch: Scratch) -> Tensor:
     """The new state of the samples that skip, and what the body is added to of those that execute."""
     shape, stride = block.shape, block.shape.stride
     if shape.shortcut == IDENTITY:
@@ -239,21 +254,23 @@ def _shortcut(block: _Block, state: Tensor, executes: Tensor, tf32: bool) -> Ten
         state = _nhwc(F.avg_pool2d(_nchw(state), stride, ceil_mode=True))
     conv = block.projection
     y = conv.out(state)
-    conv_(y, state, conv.weight, conv.bias, stride=conv.shape.stride, skip_relu=executes, tf32=tf32)
+    modes = dict(stride=conv.shape.stride, tf32=tf32, scratch=scratch)
+    conv_(y, state, conv.weight, conv.bias, skip_relu=executes, **modes)
     return y
 
 
 def _trial(
-    block: _Block, state: Tensor, executes: Tensor, index: Tensor, count: Tensor, tf32: bool, dense: bool
-) -> Tensor:
+    block: _Block, state: Tensor, executes: Tensor, index: Tensor, count: Tensor, tf32: bool, scratch: Scratch,
+    dense: bool,
+) -> Tensor:  # fmt: skip
     state, sums = state.clone(), None
     if not dense:
-        compact_(index, count, executes)
+        compact_(index[None], count, executes[:, None])
         if block.shape.shortcut == IDENTITY:
             sums = state.new_empty(
                 len(state), slabs(state.shape[1] * state.shape[2]), state.shape[3], dtype=torch.float32
             )
-    state = step(block, state, executes, index, count, dense, tf32)
+    state = step(block, state, executes, index, count, dense, tf32, scratch)
     _pool(state, sums, index, count)
     return state
 
@@ -273,13 +290,14 @@ class _Captured:
         self.replay = capture(partial(layers.forward, *tensors, dense, tf32))
 
     def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
-        n = len(x)
+        n = x.shape[0]
         self._pixels[:n].copy_(x)
-        self._pixels[n:].fill_(torch.nan)
         if self._threshold is None:
             self._decisions[:n].copy_(paths)
+        if n < self._pixels.shape[0]:
+            self._pixels[n:].fill_(torch.nan)
             self._decisions[n:].fill_(False)
-        else:
+        if self._threshold is not None:
             self._threshold.fill_(threshold)
         self.replay()
         return self._logits[:n].clone(), self._decisions[:n].clone()
@@ -318,16 +336,17 @@ class Graph:
         Raises:
             torch.OutOfMemoryError: no memory for a graph of this batch size.
         """
-        network = self._layers.network
-        if not len(x):
+        network, batch = self._layers.network, x.shape[0]
+        if not batch:
             decisions = torch.empty(0, len(network.blocks), dtype=torch.bool, device=x.device)
             return torch.empty(0, network.num_classes, dtype=torch.float32, device=x.device), decisions
-        # Tensors made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False), self._lock:
+        with torch.no_grad(), self._lock:
+            if batch <= self._largest:
+                return self._run(x, paths, threshold)
             pieces = x.split(self._largest)
             forced = [None] * len(pieces) if paths is None else paths.split(self._largest)
             results = [self._run(piece, given, threshold) for piece, given in zip(pieces, forced, strict=True)]
-        return results[0] if len(results) == 1 else tuple(map(torch.cat, zip(*results, strict=True)))
+        return tuple(map(torch.cat, zip(*results, strict=True)))
 
     @torch.no_grad()
     def trials(self, x: Tensor, decisions: Tensor) -> Iterator[Callable[[bool], object]]:
@@ -336,9 +355,10 @@ class Graph:
         image, pixels = self._layers.image(len(x))
         pixels.copy_(x)
         state = self._layers.stem(image, tf32)
-        lists = _new(state, len(x), torch.int32), _new(state, 1, torch.int32)
-        for block, executes in zip(self._layers.blocks, decisions.unbind(1), strict=True):
-            run = partial(_trial, block, state, executes, *lists, tf32)
+        lists, counts = _lists(decisions)
+        scratch = Scratch.on(x.device)
+        for column, (block, executes) in enumerate(zip(self._layers.blocks, decisions.unbind(1), strict=True)):
+            run = partial(_trial, block, state, executes, lists[column], counts[column : column + 1], tf32, scratch)
             yield run
             state = run(False)
 
@@ -347,13 +367,20 @@ class Graph:
 
     def _run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         tf32 = self._tf32()
-        captured = self._captured(min(bucket(len(x)), self._largest), paths is not None, self.dense, tf32)
+        captured = self._captured(min(bucket(x.shape[0]), self._largest), paths is not None, self.dense, tf32)
         with self._device.in_order(captured.buffers):
             return captured.run(x, paths, threshold)
 
-    def _captured(self, batch: int, *options) -> _Captured:
-        key = batch, *options
-        found = self._graphs.get(key)
+    def _captured(self, *key) -> _Captured:
+        if key not in self._graphs:
+            # Tensors made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._layers.device.type, enabled=False):
+                self._graphs[key] = self._capture(*key)
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
+
+    def _capture(self, *key) -> _Captured:
+        found = None
         while found is None:
             if len(self._graphs) == GRAPHS:
                 self._graphs.popitem(last=False)
@@ -365,8 +392,6 @@ class Graph:
             if found is None:
                 if not self._graphs:
                     advice = "a smaller one needs less, impl='routed' too"
-                    raise torch.OutOfMemoryError(f"x: no memory to capture a batch of {batch}; {advice}: {reason}")
+                    raise torch.OutOfMemoryError(f"x: no memory to capture a batch of {key[0]}; {advice}: {reason}")
                 self._graphs.clear()
-        self._graphs[key] = found
-        self._graphs.move_to_end(key)
         return found

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spnet.kernels import conv, conv_, pack_weight
+from spnet.kernels import Scratch, conv, conv_, pack_weight
 from spnet.kernels.tiling import Tile
 
 from .poison import assert_guards, guarded, listed
@@ -75,10 +75,12 @@ class Case:
             keep = None if skip_relu is None else skip_relu[:, None, None, None]
             self.expected = clamped if keep is None else torch.where(keep, self.expected, clamped)
 
-    def run(self, tile=TILE):
-        """By the kernel itself, on whatever device."""
+    def run(self, tile=TILE, scratch=(None, None)):
+        """By the kernel itself, on whatever device. Returns in how many parts the sums were cut."""
         options = {"tf32": False, **self.options}
-        conv.launch(self.out, self.x, self.weight, self.bias, *_ordered(options), tile=tile).run()
+        launch = conv.launch(self.out, self.x, self.weight, self.bias, *_ordered(options), *scratch, tile=tile)
+        launch.run()
+        return launch.arguments["SPLIT"]
 
     def check(self):
         found = self.out[self.written].double()
@@ -169,7 +171,8 @@ def test_a_map_of_more_than_2_31_numbers(device):
     out, weight = out.half(), torch.eye(16, device=device).half().view(16, 1, 1, 16)
     geometry = dict(KERNEL_H=1, KERNEL_W=1, STRIDE_H=2, STRIDE_W=1, PADDING=0)
     modes = dict(GATHER=False, SCATTER=False, ADD=False, RELU=False)
-    conv.launch_product(out, x, weight, bias, None, None, None, geometry, modes, tf32=False, tile=TILE).run()
+    lists = None, None, None
+    conv.launch_product(out, x, weight, bias, *lists, geometry, modes, tf32=False, scratch=None, tile=TILE).run()
     assert torch.equal(out, x[:, ::2])
 
 
@@ -188,6 +191,34 @@ def test_other_tiles(tile, channels, mode, device):
     case.check()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_programs_that_share_a_tile(mode, dtype, device):
+    """Whichever of them is the last, and again with the same scratch memory."""
+    scratch = Scratch.on(device)
+    scratch.partials.fill_(float("nan"))
+    for split in (3, 9):
+        case = Case((3, 1, 7, 7, 16, 36), mode, dtype, 4, 6, device)
+        assert case.run(TILE._replace(split=split), scratch) == split
+        case.check()
+        assert not scratch.counters.any()
+        found = case.out.clone()
+        if not case.options["add"]:
+            case.run(TILE._replace(split=split), scratch)
+            assert torch.equal(found.nan_to_num(), case.out.nan_to_num())
+
+
+def test_tiles_are_not_shared_where_the_parts_would_differ_or_have_no_room(device):
+    case = Case((3, 1, 7, 7, 16, 36), "gather", torch.float16, 4, 6, device)
+    scratch = Scratch.on(device)
+    tiles = 10 * 2  # 6 samples of 49 pixels in blocks of 32, 36 channels
+    assert case.run(TILE._replace(split=2), scratch) == 1
+    assert case.run(TILE._replace(split=3)) == 1
+    assert case.run(TILE._replace(split=3), scratch._replace(counters=scratch.counters[: tiles - 1])) == 1
+    assert case.run(TILE._replace(split=3), scratch._replace(partials=scratch.partials[: 3 * tiles * 32 * 32 - 1])) == 1
+    case.check()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
@@ -202,6 +233,7 @@ def test_other_tiles(tile, channels, mode, device):
         (dict(out=torch.zeros(6, 4, 7, 32).half()), ValueError, "out: expected"),
         (dict(weight=torch.zeros(32, 5, 5, 16).half()), ValueError, "weight: expected"),
         (dict(bias=torch.zeros(32).half()), TypeError, "bias: expected torch.float32"),
+        (dict(scratch=(torch.zeros(9), torch.zeros(9))), TypeError, "counters: expected torch.int32"),
     ],
     ids=str,
 )

@@ -11,17 +11,23 @@ OPS = torch.ops.spnet
 def conv_arguments():
     index, count = torch.tensor([0, 2, 3, 9], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
     out, x, weight = torch.randn(4, 4, 4, 8), torch.randn(4, 7, 7, 5), torch.randn(8, 3, 3, 5)
-    return out, x, weight, torch.randn(8), 2, index, count, True, True, True, True, None, False
+    scratch = kernels.Scratch.on(torch.device("cpu"))
+    return out, x, weight, torch.randn(8), 2, index, count, True, True, True, True, None, False, *scratch
 
 
 def shortcut_arguments():
     skips = (torch.rand(4, 3) < 0.5)[:, 1]
     out, x, weight = torch.randn(4, 7, 7, 8), torch.randn(4, 7, 7, 5), torch.randn(8, 1, 1, 5)
-    return out, x, weight, torch.randn(8), 1, None, None, False, False, False, True, skips, False
+    return out, x, weight, torch.randn(8), 1, None, None, False, False, False, True, skips, False, None, None
 
 
 def list_arguments():
-    return torch.zeros(4).int(), torch.zeros(1).int(), (torch.rand(4, 3) < 0.5)[:, 1]
+    return torch.zeros(3, 4).int(), torch.zeros(3).int(), torch.rand(4, 3) < 0.5
+
+
+def decide_arguments():
+    index, count, decisions = list_arguments()
+    return index[1], count[:1], decisions[:, 1], torch.randn(4, 2), torch.zeros(1), torch.zeros(1)
 
 
 CASES = {
@@ -46,7 +52,8 @@ CASES = {
         torch.randn(32),
     ),
     "compact_": list_arguments,
-    "decide_": lambda: (*list_arguments(), torch.randn(4, 2), torch.zeros(1), torch.zeros(1)),
+    "decide_": decide_arguments,
+    "max_pool_": lambda: (torch.randn(2, 4, 4, 8), torch.randn(2, 7, 7, 8), 3, 2, 1),
 }
 
 
