@@ -39,6 +39,23 @@ def test_a_wrong_rival_fails_its_cell(bench_forward, monkeypatch, kind, dtype):
         bench_forward.test_forward(None, None, (name, dtype, 2, executed), config)
 
 
+def test_a_wrong_last_sample_is_seen_where_few_are_compared(bench_forward, monkeypatch):
+    monkeypatch.setattr(bench_forward, "COMPARED", 4)
+    assert bench_forward.compared(64).tolist() == [0, 21, 42, 63]
+    assert bench_forward.compared(3).tolist() == [0, 1, 2]
+    name, dtype = "resnet20_cifar", torch.bfloat16
+    check = bench_forward.Check(name, dtype, 0, 8, 0.5)
+    x, paths = bench_forward.case(name, dtype, 0, 8, 0.5)
+    logits = spnet.fast_forward(bench_forward.network(name, dtype), x, impl="masked", paths=paths)
+    check("right", logits)
+    check("right", logits[:1])
+    logits[-1] *= 1.5
+    with pytest.raises(AssertionError, match="^wrong: logits are off by"):
+        check("wrong", logits)
+    with pytest.raises(AssertionError, match=r"^wrong: expected logits \[8, 10\], got \[16, 10\]"):
+        check("wrong", logits.repeat(2, 1))
+
+
 def test_a_rival_in_a_graph_keeps_what_the_graph_reads(bench_forward, monkeypatch):
     import competitors
 
