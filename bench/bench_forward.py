@@ -159,6 +159,9 @@ def test_forward(benchmark, report, cell, pytestconfig):
         "plan": Competitor(lambda x, paths: functools.partial(plan, x, paths=paths), "skips"),
         **rivals,
     }
+    # Both have kernels of their own on a GPU, so the choice between them is measured too.
+    if DEVICE == "cuda" and chosen == "walk" and (only is None or "batch" in only):
+        rivals["batch"] = Competitor(lambda x, paths: functools.partial(plan, x, paths=paths, impl="batch"), "skips")
     if executed == 0.5:
         rivals |= static
 

@@ -7,7 +7,7 @@
 # Each step writes FOLDER/STEP.log, has its own time limit, and does not stop the others; summary.txt has the exit codes
 # (124: out of time).
 set -uo pipefail
-all="build report kernels tests native bench batch memcheck racecheck tune"
+all="build report kernels tests native bench memcheck racecheck tune"
 compiled="compile-cifar compile-imagenet"
 [ $# -ge 1 ] || { echo "usage: $0 FOLDER [STEP ...], steps: $all $compiled" >&2; exit 2; }
 mkdir -p "$1"
@@ -20,7 +20,6 @@ for name in $chosen; do
 done
 python=${PYTHON:-python3}
 limit=${LIMIT:-570}
-export SPNET_EXPERIMENTAL_CUDA=1 SPNET_EXPERIMENTAL_CUDA_BATCH=1 SPNET_EXPERIMENTAL_CUDA_WALK=1
 # No interrupt reaches Python while it waits for a kernel that never ends: the stacks say before who does.
 export PYTHONUNBUFFERED=1 PYTEST_ADDOPTS="-vv --durations=10 -o faulthandler_timeout=45"
 : >"$out/summary.txt"
@@ -56,17 +55,13 @@ read -ra parallel < <("$python" -c 'import os, xdist
 print("-n", min(8, os.cpu_count()), "--dist=worksteal -o faulthandler_exit_on_timeout=true")' 2>/dev/null)
 
 step build 120 "$python" -m pip install -v -e . --no-build-isolation --no-deps
-# Where no CUDA file was compiled, what Triton compiles is tested and measured all the same.
-"$python" -c "import spnet" 2>/dev/null || unset SPNET_EXPERIMENTAL_CUDA
 step report 30 bash -c 'nvidia-smi; "$0" -m pip list; "$0" -c "import torch, spnet
 print(spnet.build_info(), torch.backends.cudnn.version(), torch.cuda.get_device_properties(0))"' "$python"
 step kernels 90 "$python" -m pytest "${parallel[@]}" tests/kernels
 step tests 120 "$python" -m pytest -m gpu "${parallel[@]}" tests \
   --ignore=tests/test_cuda_walk.py --ignore=tests/test_native.py
 step native 60 "$python" -m pytest -m gpu "${parallel[@]}" tests/test_cuda_walk.py tests/test_native.py
-measure bench 300 "eager,channels_last,CUDA graph,routed,naive" "($cifar) or ($imagenet)"
-# What `batch` makes of the networks that `walk` takes.
-SPNET_EXPERIMENTAL_CUDA_WALK=0 measure batch 60 "CUDA graph" "$cifar"
+measure bench 300 "eager,channels_last,CUDA graph,routed,batch,naive" "($cifar) or ($imagenet)"
 # Of their own kernels alone: those of PyTorch would take all the time. What PyTorch asks of CUDA in vain is no error.
 ours=()
 for name in walk_ compact_ _rows_ _conv_ _pool_ _route_; do ours+=(--kernel-name "kns=${name}kernel"); done
