@@ -4,6 +4,7 @@
 #   Runs the steps named, in the order of this file; without names all but `compile-cifar` and `compile-imagenet`, the
 #   compiled rival, each of which takes about as long as all others together. PYTHON=python names another interpreter,
 #   LIMIT=300 other seconds in all, CELLS="resnet50 and B64" fewer cells of what is measured.
+#   `spnet bench --merge FOLDER/compile-cifar.json --merge ... --name h100-DATE` makes one file of bench/results of them.
 # Each step writes FOLDER/STEP.log, has its own time limit, and does not stop the others; summary.txt has the exit codes
 # (124: out of time).
 set -uo pipefail

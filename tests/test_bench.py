@@ -56,6 +56,21 @@ def test_a_wrong_last_sample_is_seen_where_few_are_compared(bench_forward, monke
         check("wrong", logits.repeat(2, 1))
 
 
+def test_a_result_says_its_gpu(monkeypatch):
+    from bench import conftest
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    info = {}
+    for program, driver in ((None, None), ("/bin/nvidia-smi", "580.1")):
+        monkeypatch.setattr(conftest.shutil, "which", {"nvidia-smi": program}.get)
+        monkeypatch.setattr(conftest.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="580.1\n580.1\n"))
+        conftest.pytest_benchmark_update_machine_info(None, info)
+        assert (info["device"], info["driver"], info["cuda_version"]) == ("A GPU", driver, "13.0")
+    assert {"torch", "triton"} <= info.keys()
+
+
 def test_a_rival_in_a_graph_keeps_what_the_graph_reads(bench_forward, monkeypatch):
     import competitors
 
