@@ -1,5 +1,8 @@
 """What every result file says about the machine that it was measured on, and lines for the end of a run."""
 
+import shutil
+import subprocess
+
 import pytest
 import torch
 
@@ -35,4 +38,16 @@ def pytest_terminal_summary(terminalreporter, config):
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(spnet.build_info())
     if torch.cuda.is_available():
-        machine_info["device"] = torch.cuda.get_device_name()
+        machine_info |= {
+            "device": torch.cuda.get_device_name(),
+            "driver": _driver(),
+            "cuda_version": torch.version.cuda,
+        }
+
+
+def _driver() -> str | None:
+    """The version of the GPU's driver, where its own program is there to tell."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0].strip() or None

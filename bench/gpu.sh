@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in less than ten minutes: builds, tests, measures, sanitises and tunes.
 # Usage: bench/gpu.sh FOLDER [STEP ...]
-#   Runs the steps named, in the order of this file; without names all but `compile`, the compiled rival, which takes
-#   about as long as all others together. PYTHON=python names another interpreter, LIMIT=300 other seconds in all.
+#   Runs the steps named, in the order of this file; without names all but `compile-cifar` and `compile-imagenet`, the
+#   compiled rival, each of which takes about as long as all others together. PYTHON=python names another interpreter,
+#   LIMIT=300 other seconds in all, CELLS="resnet50 and B64" fewer cells of what is measured.
+#   `spnet bench --merge FOLDER/compile-cifar.json --merge ... --name h100-DATE` makes one file of bench/results of them.
 # Each step writes FOLDER/STEP.log, has its own time limit, and does not stop the others; summary.txt has the exit codes
 # (124: out of time).
 set -uo pipefail
-all="build report kernels tests native bench batch memcheck racecheck tune"
-[ $# -ge 1 ] || { echo "usage: $0 FOLDER [STEP ...], steps: $all compile" >&2; exit 2; }
+all="build report kernels tests native bench memcheck racecheck tune"
+compiled="compile-cifar compile-imagenet"
+[ $# -ge 1 ] || { echo "usage: $0 FOLDER [STEP ...], steps: $all $compiled" >&2; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.." || exit 2
 chosen=" ${*:-$all} "
 for name in $chosen; do
-  [[ " $all compile " == *" $name "* ]] || { echo "$0: no step $name, there are: $all compile" >&2; exit 2; }
+  [[ " $all $compiled " == *" $name "* ]] || { echo "$0: no step $name, there are: $all $compiled" >&2; exit 2; }
 done
 python=${PYTHON:-python3}
 limit=${LIMIT:-570}
-export SPNET_EXPERIMENTAL_CUDA=1 SPNET_EXPERIMENTAL_CUDA_BATCH=1 SPNET_EXPERIMENTAL_CUDA_WALK=1
 # No interrupt reaches Python while it waits for a kernel that never ends: the stacks say before who does.
 export PYTHONUNBUFFERED=1 PYTEST_ADDOPTS="-vv --durations=10 -o faulthandler_timeout=45"
 : >"$out/summary.txt"
@@ -32,13 +34,17 @@ step() { # NAME SECONDS COMMAND...
   # An interrupt first: pytest then still reports and writes what it has.
   timeout --signal=INT --kill-after=10 "$most" "$@" >"$out/$name.log" 2>&1 </dev/null || code=$?
   [ "$code" = 0 ] || failed=1
-  printf '%-12s exit %3d, %3d of %3d s\n' "$name" "$code" $((SECONDS - begin)) "$most" | tee -a "$out/summary.txt"
+  printf '%-16s exit %3d, %3d of %3d s\n' "$name" "$code" $((SECONDS - begin)) "$most" | tee -a "$out/summary.txt"
 }
 
-measure() { # NAME SECONDS RIVALS CELLS: half of the block executions in float16; NAME.json and NAME.md have the table
+# What is measured of each network: of one image, half of the block executions.
+cifar="resnet110 and (executed50 or executed100)"
+imagenet="(resnet50 or resnet101) and not executed0 and (executed50 or not B1-)"
+
+measure() { # NAME SECONDS RIVALS CELLS: in float16; NAME.json and NAME.md have the table
   local name=$1 raw="$out/$1.raw.json"
   step "$name" "$2" "$python" -m pytest bench/bench_forward.py --full --benchmark-only --benchmark-json="$raw" \
-    --rivals="$3" -k "test_forward and float16 and not bfloat16 and executed50 and $4"
+    --rivals="$3" -k "test_forward and float16 and not bfloat16 and (${CELLS:-float16}) and ($4)"
   [[ $chosen == *" $name "* && -s $raw ]] || return 0
   "$python" -c "from spnet.analysis import benchmarks as b
 b.write(b.collect('$raw', 'bench/gpu.sh $name'), '$out', '$name')" >>"$out/$name.log" 2>&1 || failed=1
@@ -50,17 +56,13 @@ read -ra parallel < <("$python" -c 'import os, xdist
 print("-n", min(8, os.cpu_count()), "--dist=worksteal -o faulthandler_exit_on_timeout=true")' 2>/dev/null)
 
 step build 120 "$python" -m pip install -v -e . --no-build-isolation --no-deps
-# Where no CUDA file was compiled, what Triton compiles is tested and measured all the same.
-"$python" -c "import spnet" 2>/dev/null || unset SPNET_EXPERIMENTAL_CUDA
 step report 30 bash -c 'nvidia-smi; "$0" -m pip list; "$0" -c "import torch, spnet
 print(spnet.build_info(), torch.backends.cudnn.version(), torch.cuda.get_device_properties(0))"' "$python"
 step kernels 90 "$python" -m pytest "${parallel[@]}" tests/kernels
 step tests 120 "$python" -m pytest -m gpu "${parallel[@]}" tests \
   --ignore=tests/test_cuda_walk.py --ignore=tests/test_native.py
 step native 60 "$python" -m pytest -m gpu "${parallel[@]}" tests/test_cuda_walk.py tests/test_native.py
-measure bench 150 "eager,channels_last,CUDA graph,routed,naive" "resnet"
-# What `batch` makes of the networks that `walk` takes.
-SPNET_EXPERIMENTAL_CUDA_WALK=0 measure batch 60 "CUDA graph" "resnet110"
+measure bench 300 "eager,channels_last,CUDA graph,routed,batch,naive" "($cifar) or ($imagenet)"
 # Of their own kernels alone: those of PyTorch would take all the time. What PyTorch asks of CUDA in vain is no error.
 ours=()
 for name in walk_ compact_ _rows_ _conv_ _pool_ _route_; do ours+=(--kernel-name "kns=${name}kernel"); done
@@ -74,5 +76,6 @@ step racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 1 "${ours[
 step tune 550 "$python" -m spnet.kernels.tune --network resnet50 --dtype float16 --batch 64 --batch 256
 cp kernels/tiles/*.json "$out" 2>/dev/null
 # The one to beat. A masked rival stands beside it, for the comparison with the masked network.
-measure compile 540 "compile dense,CUDA graph" "not resnet50-float16-B1-"
+measure compile-cifar 540 "compile dense,CUDA graph,naive" "$cifar"
+measure compile-imagenet 540 "compile dense,CUDA graph,naive" "$imagenet"
 exit $failed

@@ -91,7 +91,7 @@ void bind_cpu(py::module_& m) {
 #ifdef SPNET_CUDA_ARCHITECTURES
 void bind_cuda(py::module_ m) {
   namespace cuda = spnet::cuda;
-  m.doc() = "The same operations on device memory and the caller's stream. Never run on a GPU yet.";
+  m.doc() = "The same operations on device memory and the caller's stream.";
   py::enum_<cuda::Dtype>(m, "Dtype")
       .value("float32", cuda::Dtype::float32)
       .value("bfloat16", cuda::Dtype::bfloat16)

@@ -94,7 +94,7 @@ void bind_emulated(py::module_& m) {
 void bind_device(py::module_& m) {
   py::class_<cuda::DevicePlan>(m, "CudaPlan",
                                "A routed network on a device, in float16 or bfloat16; csrc/plan.h says the "
-                               "format. Never run on a GPU yet.")
+                               "format.")
       .def(py::init(
                [](Address ints, int64_t n_ints, Address floats, int64_t n_floats, Dtype dtype, int device) {
                  return with_plan(ints, n_ints, floats, n_floats, dtype,

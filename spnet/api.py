@@ -197,9 +197,11 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     choices: tuple[str, ...] = ("routed",) * len(scan.blocks)
     try:
         plan = plan_of(model, x)
-        impl, reason = plan.impl, "native code, in which each thread carries a few samples at a time through all blocks"
+        on_gpu = plan.device.type == "cuda"
+        worker = "block of threads carries samples" if on_gpu else "thread carries a few samples at a time"
+        impl, reason = plan.impl, f"native code, in which each {worker} through all blocks"
         if plan.impl == "batch":
-            how = "one CUDA graph of kernels" if plan.device.type == "cuda" else "fused operators"
+            how = "one CUDA graph of kernels" if on_gpu else "fused operators"
             choices, reason = (
                 plan.choices,
                 f"{how} on the samples routed to each body; walk does not fit: {plan.reason}",

@@ -261,8 +261,16 @@ def report(run: Path, out: Path | None, data_root: str | None, limit: int | None
 @click.option("--out", type=click.Path(path_type=Path), default="bench/results", help="Folder for the result files.")
 @click.option("--name", help="Of the result files, by convention device-date; default: the processor and today.")
 @click.option("--compare", type=click.Path(exists=True), nargs=2, help="Two result files: shows what became slower.")
+@click.option("--merge", type=click.Path(exists=True), multiple=True, help="Result files to make one of, in --out.")
 @click.option("--readme", type=click.Path(exists=True, path_type=Path), help="Only write the results in --out into it.")
-def bench(quick: bool, out: Path, name: str | None, compare: tuple[str, str] | None, readme: Path | None) -> None:
+def bench(
+    quick: bool,
+    out: Path,
+    name: str | None,
+    compare: tuple[str, str] | None,
+    merge: tuple[str, ...],
+    readme: Path | None,
+) -> None:
     """Measure skipping against what a user could run instead: table, JSON and figures.
 
     Runs `pytest bench/ --benchmark-only` of a checkout of spnet.
@@ -271,9 +279,15 @@ def bench(quick: bool, out: Path, name: str | None, compare: tuple[str, str] | N
     Example:
       spnet bench --out results
       spnet bench --compare before.json after.json
+      spnet bench --merge some.json --merge others.json --name machine-date
     """
     if compare:
         click.echo(benchmarks.compare(*map(benchmarks.load, compare)))
+        return
+    if merge:
+        results = benchmarks.merge([*map(benchmarks.load, merge)])
+        for path in benchmarks.write(results, out, name or benchmarks.default_name(results)):
+            click.echo(path)
         return
     if readme:
         link = out.resolve().relative_to(readme.resolve().parent).as_posix()

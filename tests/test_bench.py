@@ -39,6 +39,38 @@ def test_a_wrong_rival_fails_its_cell(bench_forward, monkeypatch, kind, dtype):
         bench_forward.test_forward(None, None, (name, dtype, 2, executed), config)
 
 
+def test_a_wrong_last_sample_is_seen_where_few_are_compared(bench_forward, monkeypatch):
+    monkeypatch.setattr(bench_forward, "COMPARED", 4)
+    assert bench_forward.compared(64).tolist() == [0, 21, 42, 63]
+    assert bench_forward.compared(3).tolist() == [0, 1, 2]
+    name, dtype = "resnet20_cifar", torch.bfloat16
+    check = bench_forward.Check(name, dtype, 0, 8, 0.5)
+    x, paths = bench_forward.case(name, dtype, 0, 8, 0.5)
+    logits = spnet.fast_forward(bench_forward.network(name, dtype), x, impl="masked", paths=paths)
+    check("right", logits)
+    check("right", logits[:1])
+    logits[-1] *= 1.5
+    with pytest.raises(AssertionError, match="^wrong: logits are off by"):
+        check("wrong", logits)
+    with pytest.raises(AssertionError, match=r"^wrong: expected logits \[8, 10\], got \[16, 10\]"):
+        check("wrong", logits.repeat(2, 1))
+
+
+def test_a_result_says_its_gpu(monkeypatch):
+    from bench import conftest
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    info = {}
+    for program, driver in ((None, None), ("/bin/nvidia-smi", "580.1")):
+        monkeypatch.setattr(conftest.shutil, "which", {"nvidia-smi": program}.get)
+        monkeypatch.setattr(conftest.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="580.1\n580.1\n"))
+        conftest.pytest_benchmark_update_machine_info(None, info)
+        assert (info["device"], info["driver"], info["cuda_version"]) == ("A GPU", driver, "13.0")
+    assert {"torch", "triton"} <= info.keys()
+
+
 def test_a_rival_in_a_graph_keeps_what_the_graph_reads(bench_forward, monkeypatch):
     import competitors
 

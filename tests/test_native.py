@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import spnet.kernels
 from spnet.execution import ops, reference
+from spnet.execution.device import why_not_native
 from spnet.native import build_info, core
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -459,18 +460,45 @@ def test_divisions_by_multiplying():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_on_a_gpu(shape, dtype, kind):
     decisions = selection(shape[0], kind)
-    index = ops._compact_cuda(decisions.cuda())
+    index = ops.compact(decisions.cuda())
+    assert why_not_native(index.device) == ""
     chosen = reference.compact(decisions)
     assert torch.equal(index.cpu(), chosen)
     src = random_bits((len(chosen), *shape[1:]), dtype, seed=1)
     for name, x in layouts(random_bits(shape, dtype)):
-        rows = ops._gather_rows_cuda(x.cuda(), index)
+        rows = ops.gather_rows(x.cuda(), index)
         assert torch.equal(bits(rows.cpu()), bits(reference.gather_rows(x, chosen))), name
         for relu in (False, True):
             actual, expected = x.cuda(), x.clone()
-            ops._scatter_add_rows_cuda(actual, index, src.cuda(), relu)
+            ops.scatter_add_rows_(actual, index, src.cuda(), relu)
             reference.scatter_add_rows_(expected, chosen, src, relu)
             assert_same_numbers(actual.cpu(), expected)
+
+
+def test_a_gpu_without_kernels_runs_pytorch(monkeypatch):
+    run = ops._where_native(lambda x, index: ("native", index), lambda x, index: ("anywhere", index))
+    for reason, chosen in (("", "native"), ("it is too old", "anywhere")):
+        monkeypatch.setattr(ops, "why_not_native", {torch.device("cpu"): reason}.get)
+        assert run(torch.ones(1), 7) == (chosen, 7)
+
+
+def test_a_build_without_cuda_kernels():
+    """Of which nothing is registered for CUDA, where the operators of every other device then run."""
+    code = f"""
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("spnet._core", {core.__file__!r})
+core = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+if "none" in sys.argv:
+    core.cuda_architectures = None
+import spnet
+for name in ("compact", "gather_rows", "scatter_add_rows_"):
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"spnet::{{name}}", "CUDA")
+print(torch._C._dispatch_has_kernel_for_dispatch_key("spnet::compact", "CUDA"))
+"""
+    for argument, registered in (("none", "False"), ("all", str(core.cuda_architectures is not None))):
+        done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True)
+        assert done.stdout.strip() == registered, done.stderr
 
 
 @pytest.mark.skipif(core.cuda_architectures is None, reason="built without CUDA kernels")

@@ -18,7 +18,8 @@ from spnet.analysis.macs import align
 from spnet.analysis.pictures import BLUE, DPI, GREY, RED, WIDTH
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-_MACHINE = ["cpu", "device", "cpu_level", "threads", "torch", "triton", "compiler"]
+_LEGEND = "ms of `fast_forward`, of the best dense rival, and their ratio"
+_MACHINE = ["cpu", "device", "driver", "cuda_version", "cpu_level", "threads", "torch", "triton", "compiler"]
 
 
 def collect(benchmark_json: str | Path, command: str) -> dict:
@@ -40,6 +41,30 @@ def collect(benchmark_json: str | Path, command: str) -> dict:
         }
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{benchmark_json}: not what pytest --benchmark-json writes ({e!r})") from e
+
+
+def merge(runs: list[dict]) -> dict:
+    """One result of several from machines of one kind. A cell that several have is the last one's.
+
+    Raises:
+        ValueError: machines of several kinds.
+    """
+    kinds = dict.fromkeys(map(_machine, runs))
+    if len(kinds) != 1:
+        raise ValueError(f"merge: expected results of one kind of machine, got {' and '.join(kinds) or 'none'}")
+    names = dict.fromkeys(name for run in runs for name in run["machine"])
+    cells = {(cell["name"], cell["group"]): cell for run in runs for cell in run["cells"]}
+    return {
+        "machine": {name: _joined(r["machine"][name] for r in runs if name in r["machine"]) for name in names},
+        "date": max(run["date"] for run in runs),
+        "command": _joined(run["command"] for run in runs),
+        "cells": sorted(cells.values(), key=lambda cell: cell["group"]),
+    }
+
+
+def _joined(values: Iterable) -> str | int:
+    first, *others = dict.fromkeys(values)
+    return " and ".join(map(str, (first, *others))) if others else first
 
 
 def default_name(results: dict) -> str:
@@ -130,7 +155,8 @@ def markdown(results: dict) -> str:
 
 
 def summary(runs: dict[str, dict]) -> str:
-    """What the README shows of several machines, side by side: half of the block executions, accuracy against time.
+    """What the README shows: half of the block executions on CPUs, side by side; all fractions on each GPU; accuracy
+    against time.
 
     Args:
         runs: result files, by the link to everything in them.
@@ -140,20 +166,33 @@ def summary(runs: dict[str, dict]) -> str:
         f"- **{_machine(results)}** ([all of it]({link})): {_head(results)} {' '.join(_losses_line(results))}".rstrip()
         for link, results in runs.items()
     ]
-    half = {m: {_setting(c): c for c in _forward(r) if c["executed"] == 0.5} for m, r in machines.items()}
-    rows = []
-    for setting in sorted(set().union(*half.values())):
-        network, dtype, batch = setting
-        cells = [by_setting.get(setting) for by_setting in half.values()]
-        rows.append([f"{network}, {dtype}, batch {batch}", *(_against_dense(c) if c else "" for c in cells)])
-    lines += ["", "Half of the block executions: ms of `fast_forward`, of the best dense rival, and their ratio.", ""]
-    lines += table(["network, dtype, batch", *half], rows)
+    lines += [""]
+    cpus = {name: r for name, r in machines.items() if "device" not in r["machine"]}
+    half = {name: [c for c in _forward(r) if c["executed"] == 0.5] for name, r in cpus.items()}
+    if any(half.values()):
+        lines += [f"Half of the block executions: {_LEGEND}.", "", *_against_dense(half)]
+    for name, results in machines.items():
+        cells = _forward(results)
+        if cells and name not in cpus:
+            fractions = sorted({c["executed"] for c in cells})
+            lines += [f"{name}, by the share of block executions: {_LEGEND}.", ""]
+            lines += _against_dense({f"{f:.0%} executed": [c for c in cells if c["executed"] == f] for f in fractions})
     return "\n".join(lines + _thresholds_table({f"{name}, us per image": r for name, r in machines.items()}))
 
 
-def _against_dense(cell: dict) -> str:
-    name, ms = _best(cell, "masked", "dense")
-    return f"{_ours(cell):.3g}; {ms:.3g} ({name}): **{ms / _ours(cell):.2f}x**"
+def _against_dense(columns: dict[str, list[dict]]) -> list[str]:
+    """A row for each network, dtype and batch; a column has one cell of each at most."""
+    found = [{_setting(cell): cell for cell in cells} for cells in columns.values()]
+    rows = []
+    for setting in sorted(set().union(*found)):
+        network, dtype, batch = setting
+        row = [f"{network}, {dtype}, batch {batch}"]
+        for cells in found:
+            cell = cells.get(setting)
+            name, ms = _best(cell, "masked", "dense") if cell else ("", 0)
+            row.append(f"{_ours(cell):.3g}; {ms:.3g} ({name}): **{ms / _ours(cell):.2f}x**" if cell else "")
+        rows.append(row)
+    return table(["network, dtype, batch", *columns], rows)
 
 
 def _machine(results: dict) -> str:
@@ -274,7 +313,7 @@ def figures(results: dict, folder: str | Path) -> list[Path]:
     for (network, dtype), batches in series.items():
         if any(len(cells) > 1 for cells in batches.values()):
             made[f"time-{network}-{dtype}"] = _time_figure(network, dtype, batches)
-    if series:
+    if any(cell["executed"] == 0.5 for cell in _forward(results)):
         made["speed-up"] = _speed_up_figure(series)
     even = {f"{n}\n{d}, B={b}": break_even(cells) for (n, d), batches in series.items() for b, cells in batches.items()}
     if any(even.values()):
@@ -402,6 +441,9 @@ def update_readme(text: str, results_folder: str | Path, link: str) -> str:
         newest.setdefault(_machine(load(file)), file)
     section = summary({f"{link}/{file.stem}.md": load(file) for file in newest.values()})
     for name in ("speed-up", "accuracy"):
-        if (files[0].parent / files[0].stem / f"{name}.png").exists():
-            section += f"\n![{name}]({link}/{files[0].stem}/{name}.png)\n"
+        shown: dict[bool, str] = {}  # of the newest CPU and of the newest GPU
+        for file in newest.values():
+            if (file.with_suffix("") / f"{name}.png").exists():
+                shown.setdefault("device" in load(file)["machine"], file.stem)
+        section += "".join(f"\n![{name}]({link}/{stem}/{name}.png)\n" for stem in shown.values())
     return text[: text.index(BEGIN) + len(BEGIN)] + "\n" + section + text[text.index(END) :]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from threading import Lock
 from time import perf_counter
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from spnet.native import core
 
-EXPERIMENTAL = {"walk": "SPNET_EXPERIMENTAL_CUDA_WALK", "batch": "SPNET_EXPERIMENTAL_CUDA_BATCH"}
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -21,8 +20,8 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
     """Raise a ValueError that says why no plan of this dtype runs on this device."""
     if device.type not in ("cpu", "cuda") or dtype not in DTYPES:
         raise ValueError(f"{dtype} on {device} is neither float32, bfloat16 nor float16 on the CPU or CUDA")
-    if device.type == "cuda" and not any(map(_is_open, EXPERIMENTAL)):
-        raise ValueError(" and ".join(map(_closed, EXPERIMENTAL)))
+    if device.type == "cuda" and torch.version.hip is not None:
+        raise ValueError("plans run on GPUs of NVIDIA, and this is PyTorch for ROCm")
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -30,18 +29,21 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and core.has_bfloat16() else torch.float32
 
 
-def check_open(impl: str) -> None:
-    """Raise a ValueError unless the environment opens this execution on CUDA, where nobody has measured it."""
-    if not _is_open(impl):
-        raise ValueError(_closed(impl))
+@cache
+def why_not_native(device: torch.device) -> str:
+    """Why the native CUDA kernels do not run on this GPU, in words; empty where they do.
 
-
-def _is_open(impl: str) -> bool:
-    return os.environ.get(EXPERIMENTAL[impl]) == "1"
-
-
-def _closed(impl: str) -> str:
-    return f"{impl} on CUDA has not been measured on a GPU; {EXPERIMENTAL[impl]}=1 in the environment opens it"
+    A launch tells: a GPU that they are not compiled for and a driver older than their CUDA are found alike.
+    """
+    if core.cuda_architectures is None:
+        return f"this build has no CUDA kernels ({core.cuda_status})"
+    mask, out = (torch.ones(1, dtype=dtype, device=device) for dtype in (torch.bool, torch.int64))
+    count, stream = torch.empty_like(out), torch.cuda.current_stream(device).cuda_stream
+    try:
+        core.cuda.compact(device.index, stream, mask.data_ptr(), 1, out.data_ptr(), count.data_ptr())
+    except RuntimeError as e:
+        return f"the CUDA kernels of this build ({core.cuda_status}) do not run on {device}: {e}"
+    return ""
 
 
 def check_cuda(capability: tuple[int, int], has_triton: bool) -> None:

@@ -48,10 +48,9 @@ def lower(model: nn.Module, input_shape: tuple[int, int, int] | None = None) -> 
     stems, averaging shortcuts or squeeze-and-excitation, ResNeXt and RegNet. Bodies are convolutions with ReLU between
     them, shortcuts the identity, option A or a projection, of averages of pixels where it has a stride, activations
     ReLU; with or without BatchNorm and squeeze-and-excitation behind a convolution; any depth, widths, groups and
-    classes; float32, bfloat16 and float16 on the CPU. On CUDA, where nothing has been measured yet, with
-    ``SPNET_EXPERIMENTAL_CUDA_BATCH=1`` in the environment: bodies of 1x1 and 3x3 convolutions of one group without
-    squeeze-and-excitation; compute capability 8.0 or higher; with ``SPNET_EXPERIMENTAL_CUDA_WALK=1``: float16 and
-    bfloat16 networks whose maps fit shared memory. The plan runs on the model's device.
+    classes; float32, bfloat16 and float16. On CUDA, from compute capability 8.0: bodies of 1x1 and 3x3 convolutions of
+    one group without squeeze-and-excitation, by ``walk`` where dtype and size allow that. The plan runs on the model's
+    device.
 
     Args:
         model: the network; its forward is run on zeros.

@@ -1,25 +1,22 @@
 """Operators that move the samples of a routed block: ``compact``, ``gather_rows``, ``scatter_add_rows_``.
 
 They are registered with :mod:`torch.library` in the namespace ``spnet``, so that ``torch.compile`` keeps them as
-they are. On the CPU they run in the native core with ``torch.get_num_threads()`` threads; on other devices they run
-as plain PyTorch (:mod:`spnet.execution.reference`). None of them is differentiable: they serve
-inference, and raise where an input requires grad in grad mode.
-
-CUDA: ``SPNET_EXPERIMENTAL_CUDA=1`` in the environment, set before spnet is imported, opens the native kernels of a
-build that has them. Those have been compiled but never run or measured on a GPU, which is why PyTorch's are used
-otherwise.
+they are. On the CPU they run in the native core with ``torch.get_num_threads()`` threads, on a GPU that the build has
+kernels for on the current stream; elsewhere they run as plain PyTorch (:mod:`spnet.execution.reference`). None of them
+is differentiable: they serve inference, and raise where an input requires grad in grad mode.
 
 ``torch.library.Library`` rather than ``custom_op``: a call costs 1.9 us over the plain function instead of 4.0 us
 (torch 2.13, AMD EPYC with AVX-512), and a routed network makes hundreds of calls of a few microseconds.
 """
 
 import math
-import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from spnet.execution import reference
+from spnet.execution.device import why_not_native
 from spnet.native import core
 
 _library = torch.library.Library("spnet", "DEF")
@@ -243,7 +240,7 @@ _library.impl("scatter_add_rows_", _scatter_add_rows_anywhere, "CompositeExplici
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# CUDA, native: compiled, never run on a GPU yet
+# CUDA
 
 
 def _stream(*tensors: Tensor) -> tuple[int, int]:
@@ -292,12 +289,14 @@ def _scatter_add_rows_cuda(x: Tensor, index: Tensor, src: Tensor, relu: bool) ->
     core.cuda.scatter_add_rows(*_stream(x, index, src), *pointers, row_elems, dtype, relu)
 
 
-if os.environ.get("SPNET_EXPERIMENTAL_CUDA") == "1":
-    if core.cuda_architectures is None:
-        raise ImportError(f"SPNET_EXPERIMENTAL_CUDA=1: this build has no CUDA kernels ({core.cuda_status})")
-    _library.impl("compact", _compact_cuda, "CUDA")
-    _library.impl("gather_rows", _gather_rows_cuda, "CUDA")
-    _library.impl("scatter_add_rows_", _scatter_add_rows_cuda, "CUDA")
+def _where_native(native: Callable, anywhere: Callable) -> Callable:
+    return lambda first, *others: (anywhere if why_not_native(first.device) else native)(first, *others)
+
+
+if core.cuda_architectures is not None:
+    _library.impl("compact", _where_native(_compact_cuda, _compact_anywhere), "CUDA")
+    _library.impl("gather_rows", _where_native(_gather_rows_cuda, _gather_rows_anywhere), "CUDA")
+    _library.impl("scatter_add_rows_", _where_native(_scatter_add_rows_cuda, _scatter_add_rows_anywhere), "CUDA")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spnet.execution.device import check_open, computed_in
+from spnet.execution.device import computed_in, why_not_native
 from spnet.execution.table import Network
 from spnet.native import core
 
@@ -65,15 +65,14 @@ class CudaWalk:
 
     Raises:
         ValueError: a network that the native core does not run or whose maps do not fit shared memory, another dtype,
-            a build without CUDA; or it is not opened in the environment, since no GPU has run it yet.
+            or a build whose CUDA kernels do not run on this GPU.
     """
 
     def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype):
-        check_open("walk")
         if dtype not in _HALVES:
             raise ValueError(f"walk on CUDA multiplies float16 and bfloat16, not {dtype}")
-        if core.cuda_architectures is None:
-            raise ValueError(f"this build has no CUDA kernels ({core.cuda_status})")
+        if why_not := why_not_native(weights.device):
+            raise ValueError(why_not)
         table, host = network.table(), weights.cpu()
         tables = (table.data_ptr(), table.numel(), host.data_ptr(), host.numel())
         self._native = core.CudaPlan(*tables, _HALVES[dtype], weights.device.index)

@@ -169,6 +169,62 @@ def test_readme(results, tmp_path):
         benchmarks.update_readme("", folder, "bench/results")
 
 
+def raw_of_a_gpu(*cells: dict, **machine) -> dict:
+    """What pytest-benchmark and bench/conftest.py write there."""
+    info = {"device": "A GPU", "driver": "580.1", "cuda_version": "13.0", "cuda": ["sm_90"], "torch": "2", **machine}
+    halves = [{**cell, "dtype": "float16", "network": "big"} for cell in cells]
+    return {
+        "machine_info": {"cpu": {"brand_raw": "A"}, "processor": "x86", "threads": 16, "triton": "3", **info},
+        "datetime": "2026-01-04T03:04:05",
+        "benchmarks": [
+            {"name": cell["name"], "group": cell["group"], "stats": {"min": 0}, "extra_info": cell} for cell in halves
+        ],
+    }
+
+
+def test_a_gpu_in_the_readme(results, tmp_path):
+    folder, raw, runs = tmp_path / "results", tmp_path / "raw.json", []
+    for i, cells in enumerate([[forward(0.25, 2.0, 10.0), forward(1.0, 8.0, 10.0)], [forward(0.5, 1.0, 3.0, batch=1)]]):
+        raw.write_text(json.dumps(raw_of_a_gpu(*cells)))
+        runs += benchmarks.write(benchmarks.collect(raw, f"bench/gpu.sh {i}"), tmp_path, str(i))[:1]
+    merged = ["bench", *(word for run in runs for word in ("--merge", str(run))), "--out", str(folder)]
+    assert CliRunner().invoke(main, merged).exit_code == 0
+    benchmarks.write(results, folder, "a-cpu")
+    got = benchmarks.update_readme(f"{benchmarks.BEGIN}\n{benchmarks.END}", folder, "results")
+    lines = got.splitlines()
+    assert lines[1].startswith("- **A GPU** ([all of it](results/a-gpu-2026-01-04.md)): cpu A, device A GPU, ")
+    assert ", driver 580.1, cuda_version 13.0, threads 16, torch 2, triton 3; 2026-01-04; `bench/gpu.sh 0 and " in got
+    # Not beside the CPU, which has other cells.
+    assert "| network, dtype, batch | A Processor |" in lines
+    begin = lines.index("| network, dtype, batch | 25% executed | 50% executed | 100% executed |")
+    assert lines[begin - 2].startswith("A GPU, by the share of block executions: ms of")
+    assert lines[begin + 2 : begin + 5] == [
+        "| big, float16, batch 1 |  | 1; 3 (engine): **3.00x** |  |",
+        "| big, float16, batch 16 | 2; 10 (engine): **5.00x** |  | 8; 10 (engine): **1.25x** |",
+        "",
+    ]
+    # Figures of the newest CPU and the newest GPU, where there are some.
+    pictures = [line for line in lines if line.startswith("![")]
+    assert pictures == [
+        "![speed-up](results/a-gpu-2026-01-04/speed-up.png)",
+        "![speed-up](results/a-cpu/speed-up.png)",
+        "![accuracy](results/a-cpu/accuracy.png)",
+    ]
+
+
+def test_merged_results(results, tmp_path):
+    raw, runs = tmp_path / "raw.json", []
+    for ours, machine in ((2.0, {}), (1.0, {"threads": 8})):
+        raw.write_text(json.dumps(raw_of_a_gpu(forward(0.5, ours, 10.0), **machine)))
+        runs.append(benchmarks.collect(raw, "c"))
+    got = benchmarks.merge(runs)
+    assert got["machine"] == {**runs[0]["machine"], "threads": "16 and 8"}
+    assert got["command"] == "c"
+    assert got["cells"] == runs[1]["cells"]
+    with pytest.raises(ValueError, match="merge: expected results of one kind of machine, got A GPU and A Processor"):
+        benchmarks.merge([*runs, results])
+
+
 def test_commands(results, tmp_path):
     file = benchmarks.write(results, tmp_path / "results", "a")[0]
     readme = tmp_path / "README.md"

@@ -13,7 +13,7 @@ from torch import nn
 
 import spnet
 from spnet.execution import graph, kept, plan
-from spnet.execution.device import EXPERIMENTAL, OnCpu, check_cuda, check_device, check_open, on
+from spnet.execution.device import OnCpu, check_cuda, check_device, on
 from spnet.execution.graph import Graph, bucket
 from spnet.routing import routed_blocks
 from tests.conftest import SqueezeExcitation, assert_as_exact_as_masked, margins, settle, vary
@@ -40,7 +40,6 @@ def device(request, monkeypatch):
     if request.param == "cpu":
         monkeypatch.setitem(plan._EXECUTIONS, "cpu", {"batch": plan._graph})
     else:
-        monkeypatch.setenv(EXPERIMENTAL["batch"], "1")
         monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     return torch.device(request.param)
 
@@ -348,20 +347,10 @@ def test_convolutions_that_do_not_fit(change, message):
 
 
 def test_devices_that_do_not_fit(monkeypatch):
-    for variable in EXPERIMENTAL.values():
-        monkeypatch.delenv(variable, raising=False)
     for dtype in (torch.float64, torch.int8):
         with pytest.raises(ValueError, match=f"{dtype} on cuda:0 is neither"):
             check_device(torch.device("cuda", 0), dtype)
-    for impl, variable in EXPERIMENTAL.items():
-        with pytest.raises(ValueError, match=f"{variable}=1 in the environment opens it"):
-            check_device(torch.device("cuda", 0), torch.float16)
-        with pytest.raises(ValueError, match=f"^{impl} on CUDA .* {variable}=1 in the environment opens it"):
-            check_open(impl)
-        monkeypatch.setenv(variable, "1")
-        check_device(torch.device("cuda", 0), torch.float16)
-        check_open(impl)
-        monkeypatch.delenv(variable)
+    check_device(torch.device("cuda", 0), torch.float16)
     with pytest.raises(ValueError, match="torch.float32 on mps is neither"):
         check_device(torch.device("mps"), torch.float32)
     for capability in ((7, 5), (6, 1), (3, 7)):
@@ -371,16 +360,15 @@ def test_devices_that_do_not_fit(monkeypatch):
         check_cuda((9, 0), False)
     for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 1)):
         check_cuda(capability, True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(ValueError, match="this is PyTorch for ROCm"):
+        check_device(torch.device("cuda", 0), torch.float16)
 
 
 def test_a_gpu_that_does_not_fit_is_refused_at_lowering(monkeypatch):
     lowered = spnet.lower(_network("cifar", torch.device("cpu")))
     weights = SimpleNamespace(device=torch.device("cuda", 1))
-    monkeypatch.delenv(EXPERIMENTAL["batch"], raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {1: (7, 5)}[device.index])
-    with pytest.raises(ValueError, match=f"{EXPERIMENTAL['batch']}=1 in the environment opens it"):
-        plan._graph(lowered.network, weights, torch.float16)
-    monkeypatch.setenv(EXPERIMENTAL["batch"], "1")
     with pytest.raises(ValueError, match="needs compute capability 8.0 or higher, got 7.5"):
         plan._graph(lowered.network, weights, torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -540,21 +528,17 @@ def test_a_plan_moves_between_devices(device, tmp_path):
 
 
 @gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_closed_unless_asked_for(monkeypatch, dtype):
-    for variable in EXPERIMENTAL.values():
-        monkeypatch.delenv(variable, raising=False)
-    model = _network("basic", torch.device("cuda")).to(dtype)
+def test_taken_where_walk_does_not_fit():
+    model = _network("basic", torch.device("cuda"))
     x = _input(model, 2)
-    assert spnet.explain(model, x).impl == "routed"
-    spnet.fast_forward(model, x)
-    with pytest.raises(ValueError, match=f"impl: 'batch' does not fit this model: .*{EXPERIMENTAL['batch']}=1"):
-        spnet.fast_forward(model, x, impl="batch")
+    assert spnet.explain(model, x).impl == "batch"
+    assert torch.equal(spnet.fast_forward(model, x), spnet.fast_forward(model, x, impl="batch"))
+    with pytest.raises(ValueError, match="impl: 'walk' does not fit this model: walk on CUDA multiplies float16"):
+        spnet.fast_forward(model, x, impl="walk")
 
 
 @gpu
 def test_tf32_is_multiplied_where_cudnn_may(monkeypatch):
-    monkeypatch.setenv(EXPERIMENTAL["batch"], "1")
     model = _network("bottleneck", torch.device("cuda"))
     x, paths = _input(model, 5), _paths(model, 5, 0.5)
     truth = spnet.fast_forward(copy.deepcopy(model).double(), x.double(), impl="masked", paths=paths)

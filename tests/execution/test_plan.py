@@ -106,9 +106,6 @@ def test_where_no_plan_can_be(network, tmp_path, monkeypatch):
     spnet.lower(network).save(tmp_path / "plan")
     with pytest.raises(ValueError, match="device: expected the CPU or CUDA, got 'tpu'"):
         spnet.load_plan(tmp_path / "plan", "tpu")
-    with pytest.raises(ValueError, match="SPNET_EXPERIMENTAL_CUDA_WALK=1"):
-        spnet.load_plan(tmp_path / "plan", "cuda")
-    monkeypatch.setenv("SPNET_EXPERIMENTAL_CUDA_WALK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="cuda: PyTorch finds no GPU"):
         spnet.load_plan(tmp_path / "plan", "cuda")

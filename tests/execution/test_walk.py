@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import threading
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import spnet
-from spnet.execution.walk import CudaWalk
+from spnet.execution import device, plan, walk
 from spnet.native import core
 from tests.conftest import VARIANTS, assert_as_exact_as_masked, margins, settle, vary
 
@@ -138,29 +139,69 @@ class _EmulatedCudaPlan:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_cuda_walk_by_its_emulation(monkeypatch, dtype):
     monkeypatch.setattr(core, "CudaPlan", _EmulatedCudaPlan, raising=False)
-    monkeypatch.setattr(core, "cuda_architectures", "sm_90")
+    monkeypatch.setattr(walk, "why_not_native", lambda device: "")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     model = settle(spnet.models.SPNet([2, 1], [8, 12], num_classes=5, input_size=9)).to(dtype)
-    plan, x, paths = spnet.lower(copy.deepcopy(model).float()), _input(model, 5), torch.rand(5, 6)[:, ::2] < 0.5
-    with pytest.raises(ValueError, match="SPNET_EXPERIMENTAL_CUDA_WALK=1 in the environment opens it"):
-        CudaWalk(plan.network, plan.weights, dtype)
-    monkeypatch.setenv("SPNET_EXPERIMENTAL_CUDA_WALK", "1")
+    lowered, x, paths = spnet.lower(copy.deepcopy(model).float()), _input(model, 5), torch.rand(5, 6)[:, ::2] < 0.5
     with pytest.raises(ValueError, match="float16 and bfloat16, not torch.float32"):
-        CudaWalk(plan.network, plan.weights, torch.float32)
-    walk = CudaWalk(plan.network, plan.weights, dtype)
-    logits, decisions = walk.run(x.to(dtype), paths, 0.0)
+        walk.CudaWalk(lowered.network, lowered.weights, torch.float32)
+    cuda_walk = walk.CudaWalk(lowered.network, lowered.weights, dtype)
+    logits, decisions = cuda_walk.run(x.to(dtype), paths, 0.0)
     assert torch.equal(decisions, paths)
     assert_as_exact_as_masked(logits, model, x.to(dtype), paths)
-    assert not walk.run(x.to(dtype), None, math.inf)[1].any()
+    assert not cuda_walk.run(x.to(dtype), None, math.inf)[1].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "variants", "native", "impl", "reason"),
+    [
+        (torch.float16, (), "", "walk", "each thread carries"),
+        (torch.bfloat16, (), "", "walk", "each thread carries"),
+        (torch.float16, (), "no kernels", "batch", "walk does not fit: no kernels"),
+        (torch.float32, (), "", "batch", "walk does not fit: walk on CUDA multiplies float16 and bfloat16"),
+        (torch.float32, ("squeeze",), "", "routed", "walk and batch do not fit: block 0: body: expected 1x1 and 3x3"),
+    ],
+)
+def test_what_auto_takes_on_cuda(monkeypatch, dtype, variants, native, impl, reason):
+    """By the executions of CUDA, on the host."""
+    monkeypatch.setitem(plan._EXECUTIONS, "cpu", plan._EXECUTIONS["cuda"])
+    monkeypatch.setattr(core, "CudaPlan", _EmulatedCudaPlan, raising=False)
+    monkeypatch.setattr(walk, "why_not_native", lambda device: native)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    model = settle(vary(spnet.models.SPNet([2, 1], [8, 12], num_classes=5, input_size=9), variants)).to(dtype)
+    x, paths = _input(model, 5).to(dtype), torch.rand(5, 3) < 0.5
+    found = spnet.explain(model, x)
+    assert (found.impl, reason in found.reason) == (impl, True), found.reason
+    assert_as_exact_as_masked(spnet.fast_forward(model, x, paths=paths), model, x, paths)
+
+
+def test_where_the_native_cuda_kernels_do_not_run(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("compact launch: no kernel image is available for execution on the device")
+
+    why_not_native = device.why_not_native.__wrapped__  # asks anew
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(core, "cuda_architectures", "sm_90")
+    monkeypatch.setattr(core, "cuda", SimpleNamespace(compact=lambda *arguments: None), raising=False)
+    assert why_not_native(cpu) == ""
+    core.cuda.compact = fail
+    assert re.search(r"^the CUDA kernels of this build \(.*\) do not run on cpu: compact launch", why_not_native(cpu))
+    monkeypatch.setattr(core, "cuda_architectures", None)
+    assert why_not_native(cpu) == f"this build has no CUDA kernels ({core.cuda_status})"
+    lowered = spnet.lower(settle(spnet.create_model("resnet20_cifar")))
+    monkeypatch.setattr(walk, "why_not_native", why_not_native)
+    with pytest.raises(ValueError, match="^this build has no CUDA kernels"):
+        walk.CudaWalk(lowered.network, lowered.weights, torch.float16)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_walk_on_a_gpu(monkeypatch, dtype):
-    monkeypatch.setenv("SPNET_EXPERIMENTAL_CUDA_WALK", "1")
+def test_walk_on_a_gpu(dtype):
     model = settle(spnet.create_model("resnet20_cifar")).to("cuda", dtype)
     x, paths = torch.randn(300, 3, 32, 32).to("cuda", dtype), (torch.rand(300, 9) < 0.5).cuda()
     walked, taken = spnet.fast_forward(model, x, impl="walk", paths=paths, return_paths=True)
     assert torch.equal(taken.decisions, paths)
     assert_as_exact_as_masked(walked, model, x, paths)
     assert torch.equal(spnet.fast_forward(model, x, impl="walk"), spnet.fast_forward(model, x, impl="walk"))
+    assert spnet.explain(model, x).impl == "walk"
