@@ -84,21 +84,22 @@ def cases(architecture: str) -> dict[str, Launch]:
     found = dict(chain.from_iterable(workload.small_launches(batch, meta) for batch in workload.BATCHES))
     for dtype, network in product(workload.DTYPES, workload.NETWORKS):
         for conv in workload.convolutions(network):
-            shapes = {batch: conv.shape(dtype, batch) for batch in workload.BATCHES}
+            kind = conv.dtype(dtype)
+            shapes = {batch: conv.shape(kind, batch) for batch in workload.BATCHES}
             tiles = [(batch, tiling.choose(architecture, shape)) for batch, shape in shapes.items()]
             measured = tiling.measured(architecture, shapes[1])
             for batch, tile in [*tiles, *((workload.BATCHES[-1], tile) for tile in sorted(measured))]:
                 even = shapes[1].cin % tile.block_k == 0, conv.cout % tile.block_n == 0
-                form = dtype, tile, even, conv.kernel, conv.stride, conv.role
-                if dtype == "bfloat16" and tile not in measured:
+                form = kind, tile, even, conv.kernel, conv.stride, conv.role
+                if kind == "bfloat16":
                     if architecture != "sm_90":
                         continue
-                    form = dtype, conv.role
+                    form = kind, conv.role
                 if form not in seen:
                     seen.add(form)
                     of = f"{conv.kernel}x{conv.kernel}/{conv.stride} {conv.cin}->{conv.cout}"
-                    name = f"conv {dtype} {conv.role} {of} {tuple(tile)}"
-                    found[name] = conv.launch(dtype, batch, tile, meta)
+                    name = f"conv {kind} {conv.role} {of} {tuple(tile)}"
+                    found[name] = conv.launch(kind, batch, tile, meta)
     return found
 
 

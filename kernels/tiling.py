@@ -44,7 +44,8 @@ class Shape(NamedTuple):
 
     @property
     def key(self) -> str:
-        return "-".join(map(str, self))
+        """In a table; both halves are multiplied at the same speed."""
+        return "-".join(map(str, self._replace(dtype=self.dtype.replace("bfloat", "float"))))
 
 
 def choose(architecture: str, shape: Shape) -> Tile:
@@ -89,7 +90,11 @@ def rule(architecture: str, shape: Shape) -> Tile:
     room = SHARED_BYTES.get(architecture, 99 << 10) // programs_per_sm - block_m * block_n * itemsize
     stages = max(2, min(4, room // ((block_m + block_n) * block_k * itemsize)))
     steps = shape.kernel**2 * -(-shape.cin // block_k)
-    splits = [n for n in (2, 3, 4, 6, 8) if steps % n == 0 and steps >= 4 * n and tiles() * n <= multiprocessors]
+    splits = [
+        n
+        for n in (2, 3, 4, 6, 8)
+        if steps % n == 0 and steps >= 4 * n and tiles() * n <= multiprocessors * programs_per_sm
+    ]
     return Tile(block_m, block_n, block_k, 8, warps, stages, programs_per_sm, max(splits, default=1))
 
 

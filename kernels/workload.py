@@ -23,16 +23,21 @@ class Conv(NamedTuple):
     size: int  # side of the input
     cin: int
     cout: int
-    role: str  # "first", "inner" or "last" of a body, "shortcut" or "stem"
+    role: str  # "first", "inner" or "last" of a body, "shortcut", "stem" or "head"
+
+    def dtype(self, of_network: str) -> str:
+        return "float32" if self.role == "head" else of_network
 
     def shape(self, dtype: str, batch: int) -> tiling.Shape:
         """What its tile is chosen by."""
+        dtype = self.dtype(dtype)
         cin = stem.CHANNELS * (self.kernel + 1) if self.role == "stem" else self.cin
         rows = batch * (-(-self.size // self.stride)) ** 2
         return tiling.Shape.of(torch_dtype(dtype), dtype == "tf32", self.kernel, cin, self.cout, rows)
 
     def launch(self, dtype: str, batch: int, tile: tiling.Tile, device: torch.device) -> Launch:
-        """Its launch on new random tensors, for every second sample of the batch; the stem's for all."""
+        """Its launch on new random tensors: that of a body for every second sample of the batch, others for all."""
+        dtype = self.dtype(dtype)
 
         def new(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch_dtype(dtype), device=device).normal_()
@@ -53,6 +58,7 @@ class Conv(NamedTuple):
             inner=(index, count, False, False, False, True, None),
             last=(index, count, False, True, True, True, None),
             shortcut=(None, None, False, False, False, True, skip_relu),
+            head=(None, None, False, False, False, False, None),
         )
         return conv.launch(out, x, weight, bias, self.stride, *options[self.role], tf32, *conv.Scratch.on(device), tile)
 
@@ -81,6 +87,7 @@ def convolutions(network: str) -> list[Conv]:
             if not block and (stride, channels) != (1, cout) and network != "resnet110_cifar":
                 found.append(Conv(1, stride, size, channels, cout, "shortcut"))
             channels, size = cout, size // stride
+    found.append(Conv(1, 1, 1, channels, 10 if network == "resnet110_cifar" else 1000, "head"))
     return list(dict.fromkeys(found))
 
 

@@ -28,6 +28,7 @@ def test_a_measured_tile_comes_before_the_rule(tmp_path, monkeypatch):
     entry = dict(tile=list(measured), microseconds=1.0, by_rule=2.0)
     (tmp_path / "sm_90.json").write_text(json.dumps(dict(device="a GPU", tiles={shape.key: entry})))
     assert tiling.choose("sm_90", shape) == measured
+    assert tiling.choose("sm_90", shape._replace(dtype="bfloat16")) == measured
     assert tiling.choose("sm_80", shape) == tiling.rule("sm_80", shape)
     assert tiling.choose("sm_90", shape._replace(cin=128)) == tiling.rule("sm_90", shape._replace(cin=128))
     tiling.table.cache_clear()
@@ -47,7 +48,7 @@ def test_the_rule_gives_tiles_that_fit(dtype, batch, architecture):
             assert stages * tile.programs_per_sm <= tiling.SHARED_BYTES.get(architecture, 99 << 10)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "tf32"])
+@pytest.mark.parametrize("dtype", ["float16", "tf32"])
 def test_every_measured_tile_is_compiled(tmp_path, monkeypatch, dtype):
     """Also those of batch sizes at which the check compiles no other."""
     monkeypatch.setattr(tiling, "TABLES", tmp_path)
@@ -72,10 +73,10 @@ def test_every_measured_tile_is_compiled(tmp_path, monkeypatch, dtype):
 
 def test_convolutions_of_resnet50():
     found = workload.convolutions("resnet50")
-    assert len(found) == 1 + 5 + 3 * 6
+    assert len(found) == 1 + 5 + 3 * 6 + 1
     assert found[0] == (7, 2, 224, 3, 64, "stem")
     assert (3, 2, 28, 256, 256, "inner") in found
-    assert found[-1] == (3, 1, 7, 512, 512, "inner")
+    assert found[-2:] == [(3, 1, 7, 512, 512, "inner"), (1, 1, 1, 2048, 1000, "head")]
 
 
 def test_the_tuner_takes_the_fastest_tile_of_each_shape():
@@ -109,6 +110,7 @@ def test_the_tuner_takes_the_fastest_tile_of_each_shape():
 
 def test_the_tuner_takes_no_tile_that_spills_or_does_not_fit(monkeypatch):
     monkeypatch.setattr(triton.testing, "do_bench_cudagraph", lambda run, **options: 0.25)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
     class Kernel:
         """In place of one that was compiled and launched on a GPU."""
