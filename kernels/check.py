@@ -90,7 +90,8 @@ def cases(architecture: str) -> dict[str, Launch]:
             measured = tiling.measured(architecture, shapes[1])
             for batch, tile in [*tiles, *((workload.BATCHES[-1], tile) for tile in sorted(measured))]:
                 even = shapes[1].cin % tile.block_k == 0, conv.cout % tile.block_n == 0
-                form = kind, tile, even, conv.kernel, conv.stride, conv.role
+                kernel = tile._replace(programs_per_sm=1, split=min(tile.split, 2))  # as far as its code differs
+                form = kind, kernel, even, conv.kernel, conv.stride, conv.role
                 if kind == "bfloat16":
                     if architecture != "sm_90":
                         continue

@@ -313,7 +313,7 @@ def figures(results: dict, folder: str | Path) -> list[Path]:
     for (network, dtype), batches in series.items():
         if any(len(cells) > 1 for cells in batches.values()):
             made[f"time-{network}-{dtype}"] = _time_figure(network, dtype, batches)
-    if any(cell["executed"] == 0.5 for cell in _forward(results)):
+    if any(sum(c["executed"] == 0.5 for cells in batches.values() for c in cells) > 1 for batches in series.values()):
         made["speed-up"] = _speed_up_figure(series)
     even = {f"{n}\n{d}, B={b}": break_even(cells) for (n, d), batches in series.items() for b, cells in batches.items()}
     if any(even.values()):

@@ -184,7 +184,8 @@ def raw_of_a_gpu(*cells: dict, **machine) -> dict:
 
 def test_a_gpu_in_the_readme(results, tmp_path):
     folder, raw, runs = tmp_path / "results", tmp_path / "raw.json", []
-    for i, cells in enumerate([[forward(0.25, 2.0, 10.0), forward(1.0, 8.0, 10.0)], [forward(0.5, 1.0, 3.0, batch=1)]]):
+    half = [forward(0.5, 1.0, 3.0, batch=1), forward(0.5, 2.0, 4.0, batch=2)]
+    for i, cells in enumerate([[forward(0.25, 2.0, 10.0), forward(1.0, 8.0, 10.0)], half]):
         raw.write_text(json.dumps(raw_of_a_gpu(*cells)))
         runs += benchmarks.write(benchmarks.collect(raw, f"bench/gpu.sh {i}"), tmp_path, str(i))[:1]
     merged = ["bench", *(word for run in runs for word in ("--merge", str(run))), "--out", str(folder)]
@@ -198,8 +199,9 @@ def test_a_gpu_in_the_readme(results, tmp_path):
     assert "| network, dtype, batch | A Processor |" in lines
     begin = lines.index("| network, dtype, batch | 25% executed | 50% executed | 100% executed |")
     assert lines[begin - 2].startswith("A GPU, by the share of block executions: ms of")
-    assert lines[begin + 2 : begin + 5] == [
+    assert lines[begin + 2 : begin + 6] == [
         "| big, float16, batch 1 |  | 1; 3 (engine): **3.00x** |  |",
+        "| big, float16, batch 2 |  | 2; 4 (engine): **2.00x** |  |",
         "| big, float16, batch 16 | 2; 10 (engine): **5.00x** |  | 8; 10 (engine): **1.25x** |",
         "",
     ]

@@ -198,6 +198,25 @@ def test_the_check_fails_where_a_kernel_spills(monkeypatch, spilled):
     assert done.output.count("100 registers, 8 spilled,   1000 shared") == bool(spilled)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 64, 256])
+@pytest.mark.parametrize("conv", workload.convolutions("resnet50"), ids=str)
+def test_measured_tiles_differ_in_roundings_alone(conv, batch):
+    """From a plain one, on three samples."""
+    device = torch.device("cuda")
+    measured = tiling.choose(tiling.architecture(device), conv.shape("float16", batch))
+
+    def run(tile):
+        torch.manual_seed(1)
+        launch = conv.launch("float16", 3, tile, device)
+        launch.run()
+        return launch.arguments["out_ptr"]
+
+    found, expected = run(measured), run(Tile(64, 32, 32, 8, 4, 2, 1))
+    halves = found.dtype == torch.float16
+    torch.testing.assert_close(found, expected, rtol=2**-9 if halves else 1e-4, atol=1e-2 if halves else 1e-3)
+
+
 def test_the_check_needs_a_compiler(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     done = CliRunner().invoke(check.main, [])
