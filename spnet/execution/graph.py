@@ -136,7 +136,6 @@ class _Layers:
             w1, b1, w2, b2 = (take() for _ in range(4))
             self.blocks.append(_Block(block, body, projection, RouterWeights(w1, b1, w2.flatten(), b2)))
         self._head = take()[:, None, None, :], take()
-        self._scratch = Scratch.on(weights.device)
 
     def image(self, batch: int) -> tuple[Tensor, Tensor]:
         """What the stem reads, and the view [B, C, H, W] of it into which the pixels are to be copied."""
@@ -166,8 +165,8 @@ class _Layers:
         return state
 
     def forward(
-        self, image: Tensor, decisions: Tensor, threshold: Tensor | None, logits: Tensor, dense: tuple[bool, ...],
-        tf32: bool,
+        self, image: Tensor, decisions: Tensor, threshold: Tensor | None, logits: Tensor, scratch: Scratch,
+        dense: tuple[bool, ...], tf32: bool,
     ) -> None:  # fmt: skip
         """image -> decisions bool [B, L] and logits float32 [B, classes]; without a threshold decisions are given."""
         state, sums = self.stem(image, tf32), None
@@ -182,14 +181,14 @@ class _Layers:
                 margins = state.new_empty(len(decisions), parts(block.shape.router_width), dtype=torch.float32)
                 route_(margins, sums, state.shape[1] * state.shape[2], *block.router[:3])
                 decide_(index, count, executes, margins, block.router.b2, threshold)
-            state = step(block, state, executes, index, count, dense[column], tf32, self._scratch)
+            state = step(block, state, executes, index, count, dense[column], tf32, scratch)
             changed = index, count
             if block.shape.shortcut != IDENTITY:
                 sums = None
         sums = _pool(state, sums, *changed)
         pooled = (sums[:, 0] if sums.shape[1] == 1 else sums.sum(1)) / (state.shape[1] * state.shape[2])
         # Not cuBLAS, whose workspace a graph would have to keep, and which multiplies by TF32 where told to.
-        conv_(logits[:, None, None], pooled[:, None, None], *self._head, relu=False, scratch=self._scratch)
+        conv_(logits[:, None, None], pooled[:, None, None], *self._head, relu=False, scratch=scratch)
 
 
 def _lists(decisions: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,9 +284,11 @@ class _Captured:
         self._decisions = torch.zeros(batch, len(network.blocks), dtype=torch.bool, device=device)
         self._threshold = None if forced else torch.zeros(1, dtype=torch.float32, device=device)
         self._logits = torch.empty(batch, network.num_classes, dtype=torch.float32, device=device)
-        self.buffers = [t for t in (self._image, self._decisions, self._threshold, self._logits) if t is not None]
+        # Of its own: while another forward is captured, which runs it, an earlier one may still be on its way.
+        scratch = Scratch.on(device)
         tensors = self._image, self._decisions, self._threshold, self._logits
-        self.replay = capture(partial(layers.forward, *tensors, dense, tf32))
+        self.buffers = [t for t in (*tensors, *scratch) if t is not None]
+        self.replay = capture(partial(layers.forward, *tensors, scratch, dense, tf32))
 
     def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         n = x.shape[0]
