@@ -39,20 +39,18 @@ def candidates(shape: Shape) -> list[Tile]:
         sizes = [(64, 32, 4), (64, 64, 4), (128, 64, 8), (128, 128, 8)]
     found = []
     for (m, n, warps), k in product(sizes, (64, 128) if halves else (16, 32, 64)):
-        k, tiles = min(k, cin), -(-shape.rows // m) * -(-cout // n)
+        k = min(k, cin)
         if n > cout or (k > 64 and max(m, n) > 64):
             continue
         steps = shape.kernel**2 * -(-shape.cin // k)
+        splits, pairs = [1], [(3, 1), (3, 2), (4, 1)] if warps == 8 else [(3, 2), (3, 3), (4, 2)]
         if small:
-            room = most // (tiles * m * n)
-            splits = [s for s in (1, 2, 3, 4, 6, 8, 12, 16) if steps % s == 0 and steps >= 2 * s and s <= room]
-            found += [Tile(m, n, k, 8, warps, stages, 2, s) for s in {1, *splits[-2:]} for stages in (3, 4)]
-        else:
-            # A single step is not overlapped with the next, but with those of other programs.
-            pairs = (
-                ((2, 3), (2, 4)) if steps <= 2 else ((3, 1), (3, 2), (4, 1)) if warps == 8 else ((3, 2), (3, 3), (4, 2))
-            )
-            found += [Tile(m, n, k, 8, warps, *pair) for pair in pairs]
+            room = most // (-(-shape.rows // m) * -(-cout // n) * m * n)
+            splits += [s for s in (2, 3, 4, 6, 8, 12, 16) if steps % s == 0 and steps >= 2 * s and s <= room][-2:]
+            pairs = [(3, 2), (4, 2)]
+        elif steps <= 2:
+            pairs = [(2, 3), (2, 4)]  # a step that is nearly alone overlaps with those of other programs
+        found += [Tile(m, n, k, 8, warps, *pair, split) for split in splits for pair in pairs]
     return list(dict.fromkeys(found))
 
 
