@@ -77,7 +77,8 @@ def _usage(cubin: bytes) -> tuple[int, int, int]:
 def cases(architecture: str) -> dict[str, Launch]:
     """What to compile: of launches that differ in nothing but sizes and channels, one; and all that were measured.
 
-    bfloat16 differs from float16 in the names of instructions: of each role one, for sm_90.
+    tf32 does a third of what float32 does: of each tile one. bfloat16 differs from float16 in the names of
+    instructions: of each role one, for sm_90.
     """
     meta = torch.device("meta")
     seen = set()
@@ -91,8 +92,10 @@ def cases(architecture: str) -> dict[str, Launch]:
             for batch, tile in [*tiles, *((workload.BATCHES[-1], tile) for tile in sorted(measured))]:
                 even = shapes[1].cin % tile.block_k == 0, conv.cout % tile.block_n == 0
                 kernel = tile._replace(programs_per_sm=1, split=min(tile.split, 2))  # as far as its code differs
-                form = kind, kernel, even, conv.kernel, conv.stride, conv.role
-                if kind == "bfloat16":
+                form = kind, kernel, even, conv.kernel, conv.role
+                if kind == "tf32":
+                    form = kind, kernel, conv.kernel
+                elif kind == "bfloat16":
                     if architecture != "sm_90":
                         continue
                     form = kind, conv.role
