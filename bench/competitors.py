@@ -103,7 +103,7 @@ def competitors(
     }
     absent = {}
     makers = {
-        "CUDA graph": (_cuda_graph, True),
+        "CUDA graph": (cuda_graph, True),
         "compile": (_compiled, True),
         "compile dense": (_compiled, False),
         "openvino": (_openvino, True),
@@ -207,14 +207,14 @@ def _compiled(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) ->
     x, paths = _example(model, batch, True)
     call = bind(x.to(dtype), paths)
     # Every network and batch is a graph of its own of one function, more than the default limit allows.
-    with torch._dynamo.config.patch(recompile_limit=64), cudnn_chooses_by_time():
+    with torch._dynamo.config.patch(recompile_limit=64), _cudnn_chooses_by_time():
         for _ in range(3 if on_gpu else 1):
             call()  # compiles and warms up, records the CUDA graph, replays it
     return bind
 
 
 @contextmanager
-def cudnn_chooses_by_time() -> Iterator[None]:
+def _cudnn_chooses_by_time() -> Iterator[None]:
     """Among its algorithms for each shape that is new: where shapes stay, its users let it."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
@@ -223,7 +223,7 @@ def cudnn_chooses_by_time() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _cuda_graph(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) -> Bind:
+def cuda_graph(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) -> Bind:
     """The eager network's kernels, launched together."""
     if _device(model).type != "cuda":
         raise Absent("there is no GPU")
@@ -232,7 +232,7 @@ def _cuda_graph(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) 
     def bind(x: Tensor, paths: Tensor) -> Call:
         inputs = x.contiguous(memory_format=torch.channels_last), paths.to(dtype) if masked else None
         graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), cudnn_chooses_by_time():
+        with torch.no_grad(), _cudnn_chooses_by_time():
             network(*inputs)  # cuDNN and cuBLAS take their workspaces before the capture
             torch.cuda.synchronize()
             with torch.cuda.graph(graph):

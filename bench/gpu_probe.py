@@ -11,7 +11,8 @@ import copy
 from collections.abc import Callable
 
 import torch
-from competitors import FoldedNetwork, cudnn_chooses_by_time
+from bench_forward import paths_of
+from competitors import FoldedNetwork, cuda_graph
 from networks import create
 from torch import Tensor, nn
 
@@ -33,10 +34,6 @@ def milliseconds(call: Callable[[], object], calls: int) -> float:
     return min(times)
 
 
-def paths_of(batch: int, blocks: int, executed: float) -> Tensor:
-    return (torch.rand(batch, blocks).argsort(1) < round(executed * blocks)).cuda()
-
-
 def in_graph(call: Callable[[], object]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -44,13 +41,8 @@ def in_graph(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def dense_in_graph(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    network = FoldedNetwork(model, torch.float16).eval().to(memory_format=torch.channels_last)
-    x = x.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), cudnn_chooses_by_time():
-        network(x)
-        torch.cuda.synchronize()
-        return in_graph(lambda: network(x))
+def dense_in_graph(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    return cuda_graph(model, len(x), x.dtype, masked=False)(x, torch.empty(0))
 
 
 def peak_mib(call: Callable[[], object]) -> float:
@@ -71,7 +63,7 @@ def walk() -> None:
     exact_model, plan = copy.deepcopy(model).double(), spnet.lower(model)
 
     def compare(x: Tensor, executed: float) -> None:
-        paths, some = paths_of(len(x), plan.num_blocks, executed), slice(132)
+        paths, some = paths_of(len(x), plan.num_blocks, executed).cuda(), slice(132)
         masked = spnet.fast_forward(model, x[some], impl="masked", paths=paths[some])
         exact = spnet.fast_forward(exact_model, x[some].double(), impl="masked", paths=paths[some])
         error = relative_error(plan(x, paths=paths)[some], exact)
@@ -100,7 +92,7 @@ def batch() -> None:
     plan = spnet.lower(model)
 
     def compare(x: Tensor, executed: float) -> None:
-        paths = paths_of(len(x), plan.num_blocks, executed)
+        paths = paths_of(len(x), plan.num_blocks, executed).cuda()
         logits, taken = plan(x, paths=paths, return_paths=True)
         masked = spnet.fast_forward(model, x, impl="masked", paths=paths)
         call = milliseconds(lambda: plan(x, paths=paths), 15)
@@ -125,7 +117,7 @@ def memory(model: nn.Module, x: Tensor) -> None:
     nhwc = x.contiguous(memory_format=torch.channels_last)
     dense = peak_mib(lambda: network(nhwc))
     plan = spnet.lower(model)
-    paths = paths_of(len(x), plan.num_blocks, 0.5)
+    paths = paths_of(len(x), plan.num_blocks, 0.5).cuda()
     print(f"resnet50 B={len(x)}: dense takes {dense:.1f} MiB, the plan {peak_mib(lambda: plan(x, paths=paths)):.1f}")
 
 

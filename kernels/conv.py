@@ -17,9 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spnet.kernels import tiling
-from spnet.kernels.library import SPNET, Launch, check, check_contiguous, define, multiprocessors
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from spnet.kernels.library import DTYPES, SPNET, Launch, check, check_contiguous, define, multiprocessors
 
 
 class Scratch(NamedTuple):
@@ -30,8 +28,8 @@ class Scratch(NamedTuple):
 
     @classmethod
     def on(cls, device: torch.device) -> Scratch:
-        """Enough for all that :func:`spnet.kernels.tiling.rule` splits: 4 MiB."""
-        partials = torch.empty(tiling.SPLIT_TILES * 64 * 64, dtype=torch.float32, device=device)
+        """4 MiB; tiles that find no room there are not shared."""
+        partials = torch.empty(tiling.SPLIT_ELEMENTS, dtype=torch.float32, device=device)
         return cls(partials, torch.zeros(tiling.SPLIT_TILES, dtype=torch.int32, device=device))
 
 
@@ -328,11 +326,9 @@ def launch_product(
         tile = tiling.choose(tiling.architecture(x.device), shape)
     tiles = -(-rows // tile.block_m) * -(-cout // tile.block_n)
     steps = geometry["KERNEL_H"] * geometry["KERNEL_W"] * -(-cin // tile.block_k)
-    split = tile.split
-    if scratch is None or tiles > len(scratch.counters) or steps % split:
-        split = 1
-    elif tiles * split * tile.block_m * tile.block_n > len(scratch.partials):
-        split = 1
+    elements = tiles * tile.split * tile.block_m * tile.block_n
+    has_room = scratch is not None and tiles <= len(scratch.counters) and elements <= len(scratch.partials)
+    split = tile.split if has_room and steps % tile.split == 0 else 1
     # Of halves the products are exact; FMAs in place of three products of tensor cores would take many times longer.
     precision = "ieee" if x.dtype != torch.float32 else "tf32" if tf32 else "tf32x3"
     arguments = dict(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of maps
 _library = torch.library.Library("spnet", "FRAGMENT")
 SPNET = torch.ops.spnet
 

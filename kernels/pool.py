@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spnet.kernels.library import SPNET, Launch, check, check_contiguous, define, multiprocessors
+from spnet.kernels.library import DTYPES, SPNET, Launch, check, check_contiguous, define, multiprocessors
 
 SLAB = 256  # pixels that one program sums: at batch 1 a 56x56 map still occupies a GPU
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit
@@ -72,7 +71,7 @@ def pool_(sums: Tensor, x: Tensor, index: Tensor | None = None, count: Tensor | 
 
 
 def _check(sums, x, index, count) -> None:
-    check("x", x, _DTYPES, (-1, -1, -1, -1))
+    check("x", x, DTYPES, (-1, -1, -1, -1))
     batch, h, w, channels = x.shape
     check("sums", sums, torch.float32, (batch, slabs(h * w), channels))
     check("index", index, torch.int32, (batch,))

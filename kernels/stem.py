@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spnet.kernels.conv import DTYPES, launch_product
-from spnet.kernels.library import SPNET, Launch, check, check_contiguous, define
+from spnet.kernels.conv import launch_product
+from spnet.kernels.library import DTYPES, SPNET, Launch, check, check_contiguous, define
 from spnet.kernels.tiling import Tile
 
 CHANNELS = 4

@@ -12,6 +12,7 @@ import torch
 TABLES = Path(__file__).parent / "tiles"
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 SPLIT_TILES = 256  # at most, of a launch in which programs share tiles
+SPLIT_ELEMENTS = SPLIT_TILES * 64 * 64  # of all their partial sums
 _MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148}
 
 

@@ -28,8 +28,7 @@ def candidates(shape: Shape) -> list[Tile]:
     """Tiles worth a try; those that do not fit the GPU are left out by the measurement."""
     halves = shape.dtype in ("float16", "bfloat16")
     cin, cout = (max(16, tiling.power_of_two(n)) for n in (shape.cin, shape.cout))
-    most = tiling.SPLIT_TILES * 64 * 64  # elements of the result for which tiles are cut small, and shared
-    small = shape.rows * cout <= most // 2
+    small = 2 * shape.rows * cout <= tiling.SPLIT_ELEMENTS  # so few that programs can share tiles
     if small:
         sizes = [(64, n, 4) for n in (16, 32, 64)]
     elif halves:
@@ -45,7 +44,7 @@ def candidates(shape: Shape) -> list[Tile]:
         steps = shape.kernel**2 * -(-shape.cin // k)
         splits, pairs = [1], [(3, 1), (3, 2), (4, 1)] if warps == 8 else [(3, 2), (3, 3), (4, 2)]
         if small:
-            room = most // (-(-shape.rows // m) * -(-cout // n) * m * n)
+            room = tiling.SPLIT_ELEMENTS // (-(-shape.rows // m) * -(-cout // n) * m * n)
             splits += [s for s in (2, 3, 4, 6, 8, 12, 16) if steps % s == 0 and steps >= 2 * s and s <= room][-2:]
             pairs = [(3, 2), (4, 2)]
         elif steps <= 2:
@@ -129,7 +128,7 @@ def fill(path: Path, versions: dict[str, str], entries: Callable[[Container[str]
 
 @click.command(help=__doc__)
 @click.option("--network", "networks", multiple=True, type=click.Choice(workload.NETWORKS), default=["resnet50"])
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(workload.DTYPES), default=["float16", "bfloat16"])
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(workload.DTYPES), default=["float16"])
 @click.option("--batch", "batches", multiple=True, type=int, default=workload.BATCHES, show_default=True)
 def main(networks: tuple[str, ...], dtypes: tuple[str, ...], batches: tuple[int, ...]) -> None:
     if not torch.cuda.is_available():

@@ -85,7 +85,7 @@ def test_a_rival_in_a_graph_keeps_what_the_graph_reads(bench_forward, monkeypatc
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
     monkeypatch.setattr(torch.cuda, "graph", nullcontext)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    bind = competitors._cuda_graph(spnet.create_model("resnet20_cifar").eval(), 2, torch.float16, True)
+    bind = competitors.cuda_graph(spnet.create_model("resnet20_cifar").eval(), 2, torch.float16, True)
     call = bind(torch.randn(2, 3, 32, 32), torch.ones(2, 9, dtype=torch.bool))
     assert len(read) == 4
     assert all(tensor() is not None for tensor in read)

@@ -295,11 +295,11 @@ class _Captured:
         self._pixels[:n].copy_(x)
         if self._threshold is None:
             self._decisions[:n].copy_(paths)
+        else:
+            self._threshold.fill_(threshold)
         if n < self._pixels.shape[0]:
             self._pixels[n:].fill_(torch.nan)
             self._decisions[n:].fill_(False)
-        if self._threshold is not None:
-            self._threshold.fill_(threshold)
         self.replay()
         return self._logits[:n].clone(), self._decisions[:n].clone()
 
