@@ -104,6 +104,7 @@ def competitors(
     absent = {}
     makers = {
         "CUDA graph": (cuda_graph, True),
+        "CUDA graph dense": (cuda_graph, False),
         "compile": (_compiled, True),
         "compile dense": (_compiled, False),
         "openvino": (_openvino, True),

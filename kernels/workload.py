@@ -13,6 +13,7 @@ from spnet.kernels.library import Launch
 NETWORKS = ("resnet18", "resnet50", "resnet110_cifar")
 BATCHES = (1, 32)  # 1 and multiples of 16 are specialised by Triton's compiler
 DTYPES = ("float16", "bfloat16", "tf32", "float32")
+BODY = ("first", "inner", "last")
 
 
 class Conv(NamedTuple):
@@ -23,7 +24,7 @@ class Conv(NamedTuple):
     size: int  # side of the input
     cin: int
     cout: int
-    role: str  # "first", "inner" or "last" of a body, "shortcut", "stem" or "head"
+    role: str  # one of BODY, or "shortcut", "stem" or "head"
 
     def dtype(self, of_network: str) -> str:
         return "float32" if self.role == "head" else of_network
