@@ -94,6 +94,9 @@ def competitors(
 
     Returns:
         (rivals by name, why the absent ones are absent by name).
+
+    Raises:
+        ValueError: ``only`` has an unknown name, or nobody who computes everything and masks.
     """
     found = {
         "eager": Competitor(_execution(model, "masked", torch.contiguous_format), "masked"),
@@ -113,16 +116,22 @@ def competitors(
         "onnxruntime dense": (_onnxruntime, False),
     }
     if only is not None:
+        if unknown := set(only) - {*found, *makers, "batch"}:
+            raise ValueError(f"rivals: {', '.join(sorted(unknown))} unknown; there are {', '.join([*found, *makers])}")
         found, makers = ({name: each[name] for name in each if name in only} for each in (found, makers))
+        if not any(masked for _, masked in makers.values()) and not {"eager", "channels_last"} & found.keys():
+            raise ValueError("rivals: expected one that computes everything and masks")
     for name, (make, masked) in makers.items():
         try:
-            # On a CPU it is never the best here: one batch size shows that. On a GPU it is the one to beat.
-            affordable = masked and model.input_size <= 64 and (batch == 16 or _device(model).type == "cuda")
-            if quick and make is _compiled and not affordable:
+            # On a CPU it is never the best here: one batch size shows that. On a GPU the dense one is to be beaten.
+            affordable = masked and batch == 16 if _device(model).type == "cpu" else not masked
+            if quick and make is _compiled and not (affordable and model.input_size <= 64):
                 raise Absent("it takes minutes to compile: --full has it")
             found[name] = Competitor(make(model, batch, dtype, masked), "masked" if masked else "dense")
         except Absent as reason:
             absent[name] = str(reason)
+        except Exception as error:  # a cell has others, and setting them up again would take minutes
+            absent[name] = f"it failed: {error!r}"
     return found, absent
 
 
@@ -160,7 +169,11 @@ def _execution(model: nn.Module, impl: str, memory_format: torch.memory_format) 
     model = copy.deepcopy(model).to(memory_format=memory_format)
 
     def bind(x: Tensor, paths: Tensor) -> Call:
-        return partial(spnet.fast_forward, model, x.contiguous(memory_format=memory_format), impl=impl, paths=paths)
+        call = partial(spnet.fast_forward, model, x.contiguous(memory_format=memory_format), impl=impl, paths=paths)
+        if impl == "masked" and x.is_cuda:
+            with _cudnn_chooses_by_time():
+                call()
+        return call
 
     return bind
 
@@ -216,7 +229,7 @@ def _compiled(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool) ->
 
 @contextmanager
 def _cudnn_chooses_by_time() -> Iterator[None]:
-    """Among its algorithms for each shape that is new: where shapes stay, its users let it."""
+    """Among its algorithms for each shape that is new, and remembers them: where shapes stay, its users let it."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         yield

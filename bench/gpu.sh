@@ -43,9 +43,11 @@ imagenet="(resnet50 or resnet101) and not executed0 and (executed50 or not B1-)"
 
 measure() { # NAME SECONDS RIVALS CELLS: in float16; NAME.json and NAME.md have the table
   local name=$1 raw="$out/$1.raw.json"
+  [[ $chosen == *" $name "* ]] || return 0
+  rm -f "$raw"
   step "$name" "$2" "$python" -m pytest bench/bench_forward.py --full --benchmark-only --benchmark-json="$raw" \
     --rivals="$3" -k "test_forward and float16 and not bfloat16 and (${CELLS:-float16}) and ($4)"
-  [[ $chosen == *" $name "* && -s $raw ]] || return 0
+  [ -s "$raw" ] || return 0
   "$python" -c "from spnet.analysis import benchmarks as b
 b.write(b.collect('$raw', 'bench/gpu.sh $name'), '$out', '$name')" >>"$out/$name.log" 2>&1 || failed=1
 }

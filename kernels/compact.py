@@ -128,6 +128,7 @@ def launch_decide(index, count, decisions, margins, b2, threshold) -> Launch:
 
 def _launch(index, count, decisions, margins, b2, threshold) -> Launch:
     parts = 0 if margins is None else margins.shape[1]
+    block_parts = triton.next_power_of_2(max(parts, 1))
     arguments = dict(
         index_ptr=index,
         count_ptr=count,
@@ -141,8 +142,8 @@ def _launch(index, count, decisions, margins, b2, threshold) -> Launch:
         stride_d=decisions.stride(0),
         stride_l=decisions.stride(1),
         PARTS=parts,
-        BLOCK_PARTS=triton.next_power_of_2(max(parts, 1)),
-        BLOCK=1024,
+        BLOCK_PARTS=block_parts,
+        BLOCK=max(16, min(1024, 2**13 // block_parts)),  # as many margins as fit registers
     )
     return Launch(_compact_kernel, decisions.shape[1], arguments, warps=8, stages=1)
 

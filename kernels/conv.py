@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spnet.kernels import tiling
-from spnet.kernels.library import DTYPES, SPNET, Launch, check, check_contiguous, define, multiprocessors
+from spnet.kernels.library import DTYPES, MOST, SPNET, Launch, check, check_contiguous, define, multiprocessors
 
 
 class Scratch(NamedTuple):
@@ -252,8 +252,11 @@ def _check(
         raise ValueError("skip_relu: expected relu=True and no count")
     if count is None and out.shape[0] != batch:
         raise ValueError(f"out: expected batch {batch} like x, got {out.shape[0]}")
-    if max(batch, out.shape[0]) * h * w >= 2**31:
-        raise ValueError(f"x: expected fewer than 2^31 pixels, got {list(x.shape)}")
+    if max(max(batch, out.shape[0]) * h * w, kernel * w * cin, weight.numel()) > MOST:
+        raise ValueError(
+            f"x, weight: expected at most {MOST} pixels, elements in {kernel} rows of a map and weights, "
+            f"got {list(x.shape)} and {list(weight.shape)}"
+        )
     check_contiguous(out=out, x=x, weight=weight, bias=bias, index=index, partials=partials, counters=counters)
 
 

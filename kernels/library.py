@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of maps
+MOST = 2**31 - 256  # of what int32 counts up to whole tiles
 _library = torch.library.Library("spnet", "FRAGMENT")
 SPNET = torch.ops.spnet
 
@@ -44,12 +45,12 @@ def define(schema: str, check: Callable, twin: Callable, launch: Callable[..., L
     _library.define(f"{schema} -> ()")
 
     def cpu(*args) -> None:
-        _check_inference(name, args)
+        _check_tensors(name, args)
         check(*args)
         twin(*args)
 
     def cuda(*args) -> None:
-        _check_inference(name, args)
+        _check_tensors(name, args)
         check(*args)
         with torch.cuda.device(args[0].device):
             launch(*args).run()
@@ -59,8 +60,11 @@ def define(schema: str, check: Callable, twin: Callable, launch: Callable[..., L
     torch.library.register_fake(f"spnet::{name}", check, lib=_library)
 
 
-def _check_inference(name: str, args: tuple) -> None:
-    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+def _check_tensors(name: str, args: tuple) -> None:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if len(devices := {t.device for t in tensors}) > 1:
+        raise ValueError(f"{name}: expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError(f"{name}: an argument requires grad, but it has no gradient; call it under torch.no_grad()")
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spnet.kernels.library import DTYPES, SPNET, Launch, check, check_contiguous, define
+from spnet.kernels.library import DTYPES, MOST, SPNET, Launch, check, check_contiguous, define
 
 
 @triton.jit
@@ -72,8 +72,8 @@ def _check(out, x, kernel, stride, padding) -> None:
     if not (0 < stride and 0 <= 2 * padding <= kernel):
         raise ValueError(f"expected stride > 0 and padding <= kernel / 2, got {kernel=}, {stride=}, {padding=}")
     check("out", out, x.dtype, pooled_shape(x.shape, kernel, stride, padding))
-    if x.shape[:3].numel() >= 2**31:
-        raise ValueError(f"x: expected fewer than 2^31 pixels, got {list(x.shape)}")
+    if x.shape[:3].numel() > MOST:
+        raise ValueError(f"x: expected at most {MOST} pixels, got {list(x.shape)}")
     check_contiguous(out=out, x=x)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spnet.kernels.conv import launch_product
-from spnet.kernels.library import DTYPES, SPNET, Launch, check, check_contiguous, define
+from spnet.kernels.library import DTYPES, MOST, SPNET, Launch, check, check_contiguous, define
 from spnet.kernels.tiling import Tile
 
 CHANNELS = 4
@@ -77,8 +77,8 @@ def _check(out, padded, weight, bias, stride, relu, tf32) -> None:
     check("out", out, padded.dtype, (batch, h, -1, cout))
     if not w - 1 <= out.shape[2] <= w:
         raise ValueError(f"out: expected width {w}, got {out.shape[2]}")
-    if batch * height * width >= 2**31:
-        raise ValueError(f"padded: expected fewer than 2^31 pixels, got {list(padded.shape)}")
+    if batch * height * width > MOST:
+        raise ValueError(f"padded: expected at most {MOST} pixels, got {list(padded.shape)}")
     check_contiguous(out=out, padded=padded, weight=weight, bias=bias)
 
 

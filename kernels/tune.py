@@ -91,10 +91,12 @@ def tune(
 ) -> Iterator[tuple[str, dict]]:
     """Entries of a table: for each distinct shape the fastest tile, with its time and that of the rule's tile.
 
+    None for a shape of which no tile runs.
+
     Args:
         convolutions: of :func:`spnet.kernels.workload.convolutions`.
         known: keys of shapes to pass over.
-        prepare: called with the launches of a shape, on the meta device.
+        prepare: called with launches on the meta device that are about to be timed.
         time: called with a launch, in any unit.
     """
     seen: set[str] = set()
@@ -109,11 +111,14 @@ def tune(
         prepare(conv.launch(dtype, batch, tile, torch.device("meta")) for tile in kernels)
         times = {tile: time(conv.launch(dtype, batch, tile, device)) for tile in tiles}
         # The fastest that also runs where the shape has another role, in this network or another.
-        others = [conv._replace(role=role) for role in workload.BODY] if conv.role in workload.BODY else []
-        for best in [*sorted(times, key=times.get), default]:
+        others = [
+            conv._replace(role=role) for role in workload.BODY if role != conv.role and conv.role in workload.BODY
+        ]
+        for best in sorted((tile for tile in tiles if times[tile] < float("inf")), key=times.get):
+            prepare(other.launch(dtype, batch, best, torch.device("meta")) for other in others)
             if all(time(other.launch(dtype, batch, best, device)) < float("inf") for other in others):
+                yield shape.key, dict(tile=list(best), microseconds=times[best], by_rule=times[default])
                 break
-        yield shape.key, dict(tile=list(best), microseconds=times[best], by_rule=times[default])
 
 
 def fill(path: Path, versions: dict[str, str], entries: Callable[[Container[str]], Iterable[tuple[str, dict]]]) -> int:

@@ -14,7 +14,7 @@ from spnet.execution.kept import plan_of, run_plan
 from spnet.execution.lowering import is_watched, shape_of
 from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
-from spnet.execution.plan import LoweringError, Plan, check_threshold
+from spnet.execution.plan import LoweringError, Plan, checked_threshold
 from spnet.execution.routed import RoutedRun, keeps_nothing
 from spnet.routing import RoutedBlock, RoutedSequential, Router, active, own_weight, uncompiled, unwrapped
 
@@ -144,7 +144,7 @@ def fast_forward(
         TypeError: model is no module, x no tensor, or threshold no number.
     """
     _check_impl(impl)
-    check_threshold(threshold)
+    threshold = checked_threshold(threshold)
     model = unwrapped(model)
     found = _by_plan(model, x, impl, paths, threshold)
     if found is not None:

@@ -3,7 +3,9 @@
 import copy
 import math
 import threading
+from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -89,12 +91,18 @@ def test_threshold(network, impl):
     assert not torch.equal(decisions(10.0), decisions(0.0))
     assert decisions(-math.inf).all()
     assert not decisions(math.inf).any()
+    for large in (1e39, 10**400):
+        assert not decisions(large).any()
+        assert decisions(-large).all()
+    for ten in (Fraction(10), torch.tensor([10.0]), numpy.float32(10)):
+        assert torch.equal(decisions(ten), expected.decisions)
     forced = torch.rand(8, 9) < 0.5
     assert torch.equal(decisions(math.inf, paths=forced), forced)
     with pytest.raises(ValueError, match="threshold: expected a number, got NaN"):
         decisions(math.nan)
-    with pytest.raises(TypeError, match=r"^threshold: expected a number, got NoneType$"):
-        decisions(None)
+    for other, name in ((None, "NoneType"), ("0.5", "str")):
+        with pytest.raises(TypeError, match=f"^threshold: expected a number, got {name}$"):
+            decisions(other)
 
 
 @pytest.mark.parametrize("impl", ["routed", "batch", "walk"])

@@ -90,3 +90,14 @@ def test_a_rival_in_a_graph_keeps_what_the_graph_reads(bench_forward, monkeypatc
     assert len(read) == 4
     assert all(tensor() is not None for tensor in read)
     del call
+
+
+@pytest.mark.parametrize(
+    ("only", "text"),
+    [(("eager", "naives"), "naives unknown"), (("compile dense", "naive"), "expected one")],
+)
+def test_rivals_that_give_no_comparison(bench_forward, only, text):
+    import competitors
+
+    with pytest.raises(ValueError, match=text):
+        competitors.competitors(spnet.create_model("resnet20_cifar").eval(), 2, torch.float32, only)

@@ -65,7 +65,7 @@ class OnCpu:
     def capture(self, function: Callable[[], None], beside=None) -> Callable[[], None]:
         return function
 
-    def in_order(self, buffers: list[Tensor]):
+    def in_order(self, buffers: list[Tensor], weights: list[Tensor]):
         return nullcontext()
 
     def clock(self, function: Callable[[], object]) -> Callable[[], float]:
@@ -85,6 +85,7 @@ class OnCuda:
 
     def __init__(self, device: torch.device):
         self._device = device
+        self._made_on = torch.cuda.current_stream(device)
         self._side = torch.cuda.Stream(device)
         self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
@@ -99,7 +100,9 @@ class OnCuda:
         Args:
             beside: an earlier result that is never replayed at the same time: both use the same memory.
         """
-        with torch.cuda.device(self._device):
+        # The first run too: cuDNN's search among its algorithms, and a lack of memory, empty the cache of PyTorch's
+        # allocator, which it refuses during a capture.
+        with _capturing, torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._side.wait_stream(current)
             try:
@@ -111,23 +114,30 @@ class OnCuda:
             pool = None if beside is None else beside.__self__.pool()
             # Other threads may go on using the GPU.
             options = dict(pool=pool, stream=self._side, capture_error_mode="thread_local")
-            with _capturing, torch.cuda.graph(graph, **options):
+            with torch.cuda.graph(graph, **options):
                 function()
         return graph.replay
 
     @contextmanager
-    def in_order(self, buffers: list[Tensor]) -> Iterator[None]:
-        """What is launched inside waits, on the device, for what was launched inside before on another stream."""
+    def in_order(self, buffers: list[Tensor], weights: list[Tensor]) -> Iterator[None]:
+        """What is launched inside waits, on the device, for what was launched inside before on another stream.
+
+        Args:
+            buffers, weights: what it writes and reads; the weights were made on the stream that made this object.
+        """
         with torch.cuda.device(self._device):
             stream = torch.cuda.current_stream()
             if self._last is not None and self._last[0] != stream:
                 stream.wait_event(self._last[1])
-            for buffer in buffers:
-                buffer.record_stream(stream)  # or a buffer that is dropped now would be reused before the work is done
-            yield
-            event = self._last[1] if self._last is not None else torch.cuda.Event()
-            event.record(stream)
-            self._last = stream, event
+            # Or what is dropped now would be reused before the work is done.
+            for tensor in buffers if stream == self._made_on else [*buffers, *weights]:
+                tensor.record_stream(stream)
+            try:
+                yield
+            finally:  # what was launched before an error still runs
+                event = self._last[1] if self._last is not None else torch.cuda.Event()
+                event.record(stream)
+                self._last = stream, event
 
     def clock(self, function: Callable[[], object]) -> Callable[[], float]:
         """The result runs a captured function and returns its seconds on the device."""

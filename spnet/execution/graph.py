@@ -1,8 +1,9 @@
 """``batch`` on CUDA: the operators of :mod:`spnet.kernels`, the whole forward in one CUDA graph, nothing waits.
 
 Which samples execute a block is known to the device alone. Batches are padded to a few sizes, one graph each, with
-samples of NaN: a NaN margin skips every block, so that they cost little and reach nobody. What an execution needs of
-CUDA itself (capture, streams, clocks) is in one class, whose twin for the CPU calls the same function every time.
+samples of NaN: a NaN margin skips every block, so that no body computes them, and they reach nobody. What an execution
+needs of CUDA itself (capture, streams, clocks) is in one class, whose twin for the CPU calls the same function every
+time.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from spnet.kernels import (
     slabs,
     stem_conv_,
 )
+from spnet.kernels.library import MOST
 
 LARGEST = 1024  # samples of one graph; larger batches are cut
 GRAPHS = 8  # kept per plan
-_PIXELS = 2**31 - 1  # of one map, as the kernels count them
 
 
 def bucket(batch: int) -> int:
@@ -112,22 +113,22 @@ class _Layers:
         flat = iter(weights.split([math.prod(shape) for shape in network.shapes()]))
         shapes = network.shapes()
 
-        def take() -> Tensor:
-            # A copy: a view would keep all float32 weights alive, and would not lie at 16 bytes.
-            return next(flat).view(next(shapes)).clone()
+        self.weights: list[Tensor] = []
 
-        def convolution(shape: Convolution) -> _Conv:
-            return _Conv(shape, pack_weight(take().to(dtype)), take())
+        def take(pack: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+            # A copy: a view would keep all float32 weights alive, and would not lie at 16 bytes.
+            weight = next(flat).view(next(shapes)).clone()
+            self.weights.append(weight if pack is None else pack(weight.to(dtype)))
+            return self.weights[-1]
+
+        def convolution(shape: Convolution, pack: Callable[[Tensor], Tensor] = pack_weight) -> _Conv:
+            return _Conv(shape, take(pack), take())
 
         self.network, self.dtype, self.device = network, dtype, weights.device
         stem, *more = network.stem
-        self._pads = (
-            stem.cin <= 4 and stem.kernel % 2 == 1 and stem.stride in (1, 2) and stem.padding == stem.kernel // 2
-        )
-        if self._pads:
-            self._stem = _Conv(stem, pack_stem_weight(take().to(dtype)), take())
-        else:
-            self._stem = convolution(stem)
+        is_centred = stem.kernel > 1 and stem.kernel % 2 == 1 and stem.padding == stem.kernel // 2
+        self._pads = is_centred and stem.cin <= 4 and stem.groups == 1 and stem.stride in (1, 2)
+        self._stem = convolution(stem, pack_stem_weight if self._pads else pack_weight)
         self._deeper = [convolution(shape) for shape in more]
         self.blocks = []
         for block in network.blocks:
@@ -203,13 +204,15 @@ def _lists(decisions: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pool(state: Tensor, sums: Tensor | None, index: Tensor | None, count: Tensor | None) -> Tensor:
     """The sums of ``pool_``; where there are some, redone for what the last block has changed."""
-    batch, h, w, channels = state.shape
     if sums is None:
-        sums = state.new_empty(batch, slabs(h * w), channels, dtype=torch.float32)
-        pool_(sums, state)
-    else:
-        pool_(sums, state, index, count)
+        sums, index, count = _new_sums(state), None, None
+    pool_(sums, state, index, count)
     return sums
+
+
+def _new_sums(state: Tensor) -> Tensor:
+    batch, h, w, channels = state.shape
+    return state.new_empty(batch, slabs(h * w), channels, dtype=torch.float32)
 
 
 def step(
@@ -266,9 +269,7 @@ def _trial(
     if not dense:
         compact_(index[None], count, executes[:, None])
         if block.shape.shortcut == IDENTITY:
-            sums = state.new_empty(
-                len(state), slabs(state.shape[1] * state.shape[2]), state.shape[3], dtype=torch.float32
-            )
+            sums = _new_sums(state)
     state = step(block, state, executes, index, count, dense, tf32, scratch)
     _pool(state, sums, index, count)
     return state
@@ -327,7 +328,7 @@ class Graph:
         self._device = on(weights.device)
         kernel = network.stem[0].kernel
         side = network.height + kernel, network.width + kernel + 1
-        self._largest = max(1, min(LARGEST, _PIXELS // math.prod(side)))
+        self._largest = max(1, min(LARGEST, MOST // math.prod(side)))
         self._graphs: OrderedDict[tuple, _Captured] = OrderedDict()
         self._lock = Lock()
 
@@ -351,8 +352,11 @@ class Graph:
 
     @torch.no_grad()
     def trials(self, x: Tensor, decisions: Tensor) -> Iterator[Callable[[bool], object]]:
-        """Per block, what runs it on its own maps, either dense or not: x [B, C, H, W], decisions bool [B, L]."""
-        tf32 = self._tf32()
+        """Per block, what runs it on its own maps, either dense or not: x [B, C, H, W], decisions bool [B, L].
+
+        Of no more samples than one graph has.
+        """
+        x, decisions, tf32 = x[: self._largest], decisions[: self._largest], self._tf32()
         image, pixels = self._layers.image(len(x))
         pixels.copy_(x)
         state = self._layers.stem(image, tf32)
@@ -369,7 +373,7 @@ class Graph:
     def _run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         tf32 = self._tf32()
         captured = self._captured(min(bucket(x.shape[0]), self._largest), paths is not None, self.dense, tf32)
-        with self._device.in_order(captured.buffers):
+        with self._device.in_order(captured.buffers, self._layers.weights):
             return captured.run(x, paths, threshold)
 
     def _captured(self, *key) -> _Captured:

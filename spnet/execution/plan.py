@@ -164,7 +164,8 @@ class Plan:
         return_paths: bool = False,
         impl: str = "auto",
     ) -> Tensor | tuple[Tensor, Paths]:
-        """Run the network, on the CPU with ``torch.get_num_threads()`` threads; on CUDA nothing waits for the device.
+        """Run the network, on the CPU with ``torch.get_num_threads()`` threads; on CUDA nothing waits for the device,
+        except where ``batch`` captures the graph of a new batch size.
 
         Args:
             x: [B, C, H, W] of the plan's dtype on its device, any strides.
@@ -191,7 +192,7 @@ class Plan:
         _check("x", x, self.dtype, (None, *self.input_shape), self.device)
         if paths is not None:
             _check("paths", paths, torch.bool, (len(x), self.num_blocks), self.device)
-        check_threshold(threshold)
+        threshold = checked_threshold(threshold)
         # A negated view of memory, such as z.conj().imag, is not what lies there.
         logits, decisions = self.execution(impl).run(x.resolve_neg(), paths, threshold)
         return logits.to(self.dtype), decisions
@@ -244,13 +245,19 @@ def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ..
         )
 
 
-def check_threshold(threshold: float) -> None:
+def checked_threshold(threshold: float) -> float:
+    """As a Python number, infinite where it is beyond float32, in which margins are."""
     try:
-        number = not math.isnan(threshold)
-    except TypeError as e:
-        raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}") from e
-    if not number:
+        value = float(threshold) if not isinstance(threshold, str) else None
+    except OverflowError:
+        value = math.inf if threshold > 0 else -math.inf
+    except (TypeError, ValueError):
+        value = None
+    if value is None:
+        raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}")
+    if math.isnan(value):
         raise ValueError("threshold: expected a number, got NaN")
+    return value if abs(value) <= torch.finfo(torch.float32).max else math.copysign(math.inf, value)
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

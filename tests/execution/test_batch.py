@@ -138,7 +138,7 @@ def test_input_layouts(imagenet_network):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])  # of which the last becomes so within
 def test_what_is_not_finite_stays_in_its_sample(imagenet_network, dtype, value):
     model = copy.deepcopy(imagenet_network).to(dtype)
     x = _input(model, 5).to(dtype)

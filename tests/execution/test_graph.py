@@ -30,6 +30,12 @@ FORMS = {
     "bottleneck, 5 channels": dict(
         stage_blocks=[2, 1], widths=[8, 16], input_size=33, in_channels=5, imagenet=True, bottleneck=True
     ),
+    "stem of two groups": dict(stage_blocks=[2], widths=[6], input_size=8, in_channels=2),
+    "stem of 1x1": dict(stage_blocks=[2], widths=[6], input_size=8, in_channels=2),
+}
+STEMS = {
+    "stem of two groups": dict(kernel_size=3, padding=1, groups=2),
+    "stem of 1x1": dict(kernel_size=1, stride=2),
 }
 RATES = [0.0, 0.5, 1.0]
 
@@ -49,6 +55,8 @@ def _network(form: str, device: torch.device) -> nn.Module:
     if form == "one convolution":
         for block in routed_blocks(model).values():
             block.body = block.body[:2]
+    if form in STEMS:
+        model.features.stem[0] = nn.Conv2d(model.in_channels, 6, **STEMS[form])
     vary(model, form)
     return settle(model).to(device)
 
@@ -155,6 +163,8 @@ def test_batches_above_the_limit(device, monkeypatch, largest):
     _assert_answers(model, x)
     _assert_answers(model, x, paths=_paths(model, 11, 0.5))
     assert {key[0] for key in _graphs(model)} <= {1, 2, 3, 4, largest}
+    trials = kept.plan_of(model).execution("batch").trials(x, _paths(model, len(x), 0.5))
+    assert {len(run(dense)) for run in trials for dense in (False, True)} == {min(len(x), largest)}
 
 
 def test_an_empty_batch(device):
@@ -409,20 +419,31 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: state.current)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: state.current)
     state.on = on(torch.device("cuda", 0))
     return state
 
 
 def test_runs_from_several_streams_wait_for_each_other(cuda):
     """Or one would write into the buffers of a graph that still runs on another stream."""
-    one, two, buffer = _Stream(), _Stream(), _Stream()
-    for stream in (one, one, two, two, one):
+    one, two, buffer, weight, made_on = _Stream(), _Stream(), _Stream(), _Stream(), cuda.current
+    for stream in (one, one, two, two, one, made_on):
         cuda.current = stream
-        with cuda.on.in_order([buffer]):
+        with cuda.on.in_order([buffer], [weight]):
             assert buffer.users[-1] is stream
+            assert (weight.users[-1] is stream) == (stream is not made_on)
     assert two.waits_for == [one]
     assert one.waits_for == [two]
+
+
+def test_a_run_that_fails_is_waited_for_too(cuda):
+    one, two = _Stream(), _Stream()
+    cuda.current = one
+    with pytest.raises(torch.OutOfMemoryError), cuda.on.in_order([], []):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    cuda.current = two
+    with cuda.on.in_order([], []):
+        assert two.waits_for == [one]
 
 
 def test_a_capture_without_memory_leaves_nothing_running(cuda):

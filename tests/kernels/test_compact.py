@@ -51,7 +51,7 @@ def test_largest_batch(device):
 
 
 @pytest.mark.parametrize("by_kernel", [False, True])
-@pytest.mark.parametrize("width", [16, 40, 128])
+@pytest.mark.parametrize("width", [16, 40, 128, 300])
 def test_decide(width, by_kernel, device):
     device = device if by_kernel else torch.device("cpu")
     batch = 1030

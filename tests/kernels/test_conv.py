@@ -242,3 +242,13 @@ def test_arguments_that_do_not_fit(change, error, text):
     with pytest.raises(error, match=text):
         conv_(**(arguments | change))
     conv_(**arguments)
+
+
+def test_sizes_beyond_32_bits():
+    def arguments(width, cin, cout):
+        out, x, weight = (1, 1, width, cout), (1, 1, width, cin), (cout, 3, 3, cin)
+        return (torch.empty(shape, dtype=torch.float16, device="meta") for shape in (out, x, weight))
+
+    for width, cin, cout in ((2**31, 1, 1), (2**20, 2**10, 1), (1, 2**14, 2**14)):
+        with pytest.raises(ValueError, match="x, weight: expected at most"):
+            conv_(*arguments(width, cin, cout), torch.empty(cout, device="meta"))

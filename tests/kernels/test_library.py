@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import spnet.kernels as kernels
+from spnet.kernels.library import _check_tensors
 
 OPS = torch.ops.spnet
 
@@ -62,6 +63,11 @@ CASES = {
 def test_opcheck(case, where):
     arguments = [a.to(where) if isinstance(a, torch.Tensor) else a for a in CASES[case]()]
     torch.library.opcheck(getattr(OPS, case.split()[0]).default, arguments)
+
+
+def test_tensors_of_several_devices():
+    with pytest.raises(ValueError, match=r"^conv_: expected all tensors on one device, got cpu, meta$"):
+        _check_tensors("conv_", (torch.empty(1), 2, None, torch.empty(1, device="meta")))
 
 
 @pytest.mark.parametrize(
