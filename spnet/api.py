@@ -16,7 +16,16 @@ from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan, checked_threshold
 from spnet.execution.routed import RoutedRun, keeps_nothing
-from spnet.routing import RoutedBlock, RoutedSequential, Router, active, own_weight, uncompiled, unwrapped
+from spnet.routing import (
+    RoutedBlock,
+    RoutedSequential,
+    Router,
+    active,
+    own_weight,
+    routed_blocks,
+    uncompiled,
+    unwrapped,
+)
 
 IMPLEMENTATIONS = ("masked", "routed", "batch", "walk")
 
@@ -25,13 +34,15 @@ class _Scan(NamedTuple):
     """What one walk over the modules of a model finds."""
 
     blocks: dict[str, RoutedBlock]
+    inner: str  # the name of a block inside another, if there is one
+    mixing: str  # the name of a module in a body whose answer for a sample depends on the others, if there is one
     in_line: set[int]  # ids of the blocks that stand in a RoutedSequential
     hooked: bool
     weight: Tensor | None  # a weight that says the model's device and dtype (routers keep float32)
 
 
 def _scan(model: nn.Module) -> _Scan:
-    blocks, in_line, hooked = {}, set(), is_watched()
+    blocks, inner, mixing, in_line, hooked = {}, "", "", set(), is_watched()
     for name, module in model.named_modules():
         if getattr(module, "training", False):  # what TorchScript has frozen has no mode
             raise ValueError(
@@ -45,12 +56,15 @@ def _scan(model: nn.Module) -> _Scan:
             raise ValueError(f"model: {name!r} is of TorchScript, which hides that it is a RoutedBlock; script bodies")
         if isinstance(module, RoutedBlock):
             blocks[name] = module
+            inner = inner or next((f"{name}.{n}" for n in list(routed_blocks(module))[1:]), "")
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            mixing = name if any(name.startswith(f"{block}.body".lstrip(".")) for block in blocks) else mixing
         elif isinstance(module, RoutedSequential):
             in_line.update(id(child) for child in module)
         hooked = hooked or bool(module._forward_hooks or module._forward_pre_hooks)
     if not blocks:
         raise ValueError(f"model: expected RoutedBlocks, but {type(model).__name__} contains none")
-    return _Scan(blocks, in_line, hooked, own_weight(model))
+    return _Scan(blocks, inner, mixing, in_line, hooked, own_weight(model))
 
 
 def _by_plan(
@@ -88,12 +102,13 @@ def _check_input(model: nn.Module, weight: Tensor | Plan | None, x: Tensor) -> N
     if weight is not None:
         if x.device != weight.device:
             raise ValueError(f"x: expected device {weight.device} (the model's), got {x.device}")
-        if x.dtype != weight.dtype:
+        if x.dtype not in (weight.dtype, torch.int32, torch.int64):  # integers are indices, of tokens say
             raise ValueError(f"x: expected {weight.dtype} (the model's), got {x.dtype}")
 
 
 def _check_paths(paths: Tensor, batch: int, blocks: int, device: torch.device) -> None:
-    if not isinstance(paths, Tensor) or paths.dtype != torch.bool or tuple(paths.shape) != (batch, blocks):
+    fits = isinstance(paths, Tensor) and paths.dtype == torch.bool and paths.layout == torch.strided
+    if not fits or tuple(paths.shape) != (batch, blocks):
         got = f"{paths.dtype} {list(paths.shape)}" if isinstance(paths, Tensor) else type(paths).__name__
         raise ValueError(f"paths: expected torch.bool [{batch}, {blocks}], got {got}")
     if paths.device != device:
@@ -138,9 +153,10 @@ def fast_forward(
         does not multiply that, in float32, also in an autocast region.
 
     Raises:
-        ValueError: a model in training mode, without RoutedBlocks, or with compiled parts around them; x of another
-            shape, dtype or device than the model's, or requiring grad; paths of another shape; a threshold that is NaN;
-            an unknown impl, or one that does not fit.
+        ValueError: a model in training mode, without RoutedBlocks, with compiled parts around them, with a BatchNorm
+            without running statistics in a body or, where paths are given or returned, with one block inside another; x
+            of another shape, dtype or device than the model's, or requiring grad; paths of another shape; a threshold
+            that is NaN; an unknown impl, or one that does not fit.
         TypeError: model is no module, x no tensor, or threshold no number.
     """
     _check_impl(impl)
@@ -153,6 +169,12 @@ def fast_forward(
     scan = _scan(model)
     _check_input(model, scan.weight, x)
     blocks = list(scan.blocks.values())
+    if scan.mixing and impl != "masked":
+        raise ValueError(
+            f"model: {scan.mixing!r} normalises a sample by the others of its batch; impl='masked' runs it"
+        )
+    if scan.inner and (return_paths or paths is not None):
+        raise ValueError(f"model: RoutedBlock {scan.inner!r} stands inside another, so samples have no path of theirs")
     if paths is not None:
         _check_paths(paths, len(x), len(blocks), x.device)
     if impl == "masked":

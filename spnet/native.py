@@ -25,7 +25,7 @@ def build_info() -> dict:
         - ``compiler`` (str): C++ compiler and its version
         - ``cuda`` (list of str or None): GPU architectures that are compiled in, such as ``["sm_80", "sm_90"]``
         - ``cuda_status`` (str): the nvcc that compiled them, or why there are none
-        - ``cpu_level`` (str): instruction-set level in use: ``v2``, ``avx2``, ``avx512``; ``generic`` off x86
+        - ``cpu_level`` (str): instruction-set level in use: ``v2``, ``avx2``, ``avx512``, ``amx``; ``generic`` off x86
         - ``threads`` (int): threads that native operations use, which is ``torch.get_num_threads()``
         - ``torch`` (str), ``triton`` (str or None): versions found
     """

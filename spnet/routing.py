@@ -38,7 +38,12 @@ def decide(router_logits: Tensor, threshold: float = 0.0) -> Tensor:
     """Decide without noise: float [B, 2] logits of (skip, execute) -> bool [B].
 
     A sample executes where z_execute - z_skip > threshold; a tie or a NaN skips.
+
+    Raises:
+        ValueError: another shape.
     """
+    if not torch.jit.is_tracing() and (router_logits.dim() != 2 or router_logits.shape[1] != 2):
+        raise ValueError(f"router: expected logits [B, 2] of (skip, execute), got {list(router_logits.shape)}")
     return router_logits[:, 1] - router_logits[:, 0] > threshold
 
 
@@ -103,7 +108,13 @@ class Router(nn.Module):
         return x.to(dtype) if x.dim() == 2 else x.mean(dim=tuple(range(2, x.dim())), dtype=dtype)
 
     def logits(self, pooled: Tensor) -> Tensor:
-        """Router logits [B, 2] of the pooled vector [B, C], outside any autocast region."""
+        """Router logits [B, 2] of the pooled vector [B, C], outside any autocast region.
+
+        Raises:
+            ValueError: another number of channels than the router was made for.
+        """
+        if not torch.jit.is_tracing() and pooled.shape[1] != self.fc1.in_features:
+            raise ValueError(f"x: expected {self.fc1.in_features} channels (the router's), got {pooled.shape[1]}")
         with torch.autocast(pooled.device.type, enabled=False):
             h = self.fc1(pooled)
             return self.fc2(self.dropout(F.relu(self.bn(h))))
@@ -117,13 +128,19 @@ class ResidualBlock(nn.Module):
     """``activation(shortcut(x) + body(x))``: a block that every sample executes.
 
     Args:
-        body: module whose output has the shape of ``shortcut(x)``.
+        body: module whose output has the shape of ``shortcut(x)``, or is expanded to it.
         shortcut: module applied to every sample; None is the identity.
         activation: module applied to the sum; None is the identity.
+
+    Raises:
+        TypeError: a part that is no module.
     """
 
     def __init__(self, body: nn.Module, shortcut: nn.Module | None = None, activation: nn.Module | None = None):
         super().__init__()
+        for name, part in (("body", body), ("shortcut", shortcut), ("activation", activation)):
+            if not isinstance(part, nn.Module) and (part is not None or name == "body"):
+                raise TypeError(f"{name}: expected a torch.nn.Module, got {type(part).__name__}")
         self.body = body
         self.shortcut = nn.Identity() if shortcut is None else shortcut
         self.activation = nn.Identity() if activation is None else activation
@@ -148,8 +165,13 @@ class RoutedBlock(ResidualBlock):
     In training mode d is a straight-through Gumbel-softmax sample; in evaluation mode ``d = z[execute] > z[skip]``
     and a skipped body contributes nothing at all, whatever it would have computed (also NaN).
 
+    What a body gives for one sample must not depend on the others: the executions run it on those that are routed to
+    it. A path has one decision for each block, so in one forward a block runs once; and to force or to return paths, no
+    block may stand inside the body of another.
+
     Args:
-        body, shortcut, activation: as in :class:`ResidualBlock`.
+        body, shortcut, activation: as in :class:`ResidualBlock`. In evaluation mode the sum must have the shape of the
+            shortcut, which is what a skipped sample gets.
         router: module from the block's input [B, C, ...] to logits [B, 2] of (skip, execute). With a
             :class:`Router` the executions pool only what changed since the block before.
 
@@ -164,6 +186,8 @@ class RoutedBlock(ResidualBlock):
         activation: nn.Module | None = None,
     ):
         super().__init__(body, shortcut, activation)
+        if not isinstance(router, nn.Module):
+            raise TypeError(f"router: expected a torch.nn.Module, got {type(router).__name__}")
         self.router = router
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,10 +212,20 @@ class RoutedBlock(ResidualBlock):
         shortcut, body = self.shortcut(x), self.body(x)
         d = decisions.view(-1, *[1] * (body.dim() - 1))
         if d.dtype == torch.bool:
+            check_sum(shortcut, body)
             y = torch.where(d, shortcut + body, shortcut)
         else:
             y = shortcut + d.to(body.dtype) * body
         return Routing(self.activation(y), router_logits, decisions)
+
+
+def check_sum(shortcut: Tensor, body: Tensor) -> None:
+    """Raise a ValueError unless a sum expands the body [n, ...], if anything, and not the shortcut [B, ...]."""
+    if torch.jit.is_tracing():
+        return
+    given, expected = body.shape[1:], shortcut.shape[1:]
+    if len(given) > len(expected) or any(g not in (1, e) for g, e in zip(given[::-1], expected[::-1], strict=False)):
+        raise ValueError(f"body: expected samples of the shortcut's shape {list(expected)}, got {list(given)}")
 
 
 class RoutedSequential(nn.Sequential):
@@ -254,8 +288,10 @@ def uncompiled(function: Callable) -> Callable:
 
 
 def computes(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module computes what ``kind`` does: no subclass or instance has a forward of its own."""
-    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
+    """Whether a call of the module computes what ``kind`` does: its class has no forward of its own, and the instance
+    neither that nor another method of ``kind``."""
+    own = not vars(kind).keys().isdisjoint(vars(module))
+    return isinstance(module, kind) and type(module).forward is kind.forward and not own
 
 
 def _checked(model: nn.Module) -> nn.Module:
@@ -265,12 +301,13 @@ def _checked(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside the wrapper of torch.compile, which hides the blocks from the executions.
+    """The network inside the wrappers of torch.compile and of the parallel trainings, which hide the blocks.
 
     Raises:
         TypeError: no module.
     """
-    return getattr(_checked(model), "_orig_mod", model)
+    model = getattr(_checked(model), "_orig_mod", model)
+    return model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
 
 
 def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:
@@ -283,13 +320,13 @@ def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:
 
 
 def own_weight(model: nn.Module) -> Tensor | None:
-    """A floating-point parameter of no router, which tells the model's device and dtype: routers keep float32."""
+    """A real or complex parameter of no router, which tells the model's device and dtype: routers keep float32."""
     routers: set[int] = set()
     for module in model.modules():
         if isinstance(module, RoutedBlock):
             routers.update(map(id, module.router.modules()))
         if id(module) not in routers:
             for p in module._parameters.values():
-                if p is not None and p.is_floating_point():
+                if p is not None and (p.is_floating_point() or p.is_complex()):
                     return p
     return None

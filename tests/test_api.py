@@ -175,6 +175,7 @@ def test_model_without_routed_blocks_is_refused():
         torch.ones(3, 9, dtype=torch.bool),
         torch.ones(2, 9),
         torch.ones(9, dtype=torch.bool),
+        torch.ones(2, 9, dtype=torch.bool).to_sparse(),
         [[True] * 9] * 2,
     ],
 )
@@ -187,13 +188,68 @@ def test_a_block_inside_the_body_of_another_has_no_path(network):
     stage, x = network.features.stage1, torch.randn(9, 1, 32, 32) * torch.arange(9)[:, None, None, None]
     stage[0].body = spnet.RoutedSequential(stage[0].body, stage[1]).eval()
     del stage[1]
-    expected, paths = spnet.fast_forward(network, x, impl="masked", return_paths=True)
-    assert 0 < paths.decisions[:, 0].sum() < 9
+    expected = spnet.fast_forward(network, x, impl="masked")
     torch.testing.assert_close(spnet.fast_forward(network, x, impl="routed"), expected)
-    with pytest.raises(ValueError, match="return_paths: RoutedBlock number 1 got a batch of [1-8], the first one of 9"):
-        spnet.fast_forward(network, x, impl="routed", return_paths=True)
-    with pytest.raises(ValueError, match="paths: RoutedBlock number 1 got a batch of [1-8], paths has 9 rows"):
-        spnet.fast_forward(network, x, impl="routed", paths=paths.decisions)
+    for options in (dict(return_paths=True), dict(paths=torch.ones(9, 9, dtype=torch.bool))):
+        for impl in ("masked", "routed"):
+            with pytest.raises(ValueError, match=r"'features.stage1.0.body.1' stands inside another"):
+                spnet.fast_forward(network, x, impl=impl, **options)
+
+
+def _line(body, channels=8, **options):
+    blocks = (spnet.RoutedBlock(body(), spnet.Router(channels, 16), activation=nn.ReLU(), **options) for _ in range(3))
+    return spnet.RoutedSequential(*blocks).eval()
+
+
+def test_a_body_that_mixes_samples():
+    model = _line(lambda: nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8, track_running_stats=False)))
+    x = torch.randn(4, 8, 6, 6)
+    with pytest.raises(ValueError, match=r"'2.body.1' normalises a sample by the others"):
+        spnet.fast_forward(model, x)
+    assert torch.equal(spnet.fast_forward(model, x, impl="masked"), model(x))
+
+
+def test_a_shortcut_that_is_expanded():
+    """A sample that skips would have another shape than one that executes."""
+    model = _line(lambda: nn.Conv2d(8, 8, 3, 1, 1), shortcut=nn.AdaptiveAvgPool2d(1))
+    paths = torch.tensor([[True, False, False], [False, True, False]])
+    for impl in ("masked", "routed"):
+        with pytest.raises(ValueError, match=r"body: expected samples of the shortcut's shape \[8, 1, 1\]"):
+            spnet.fast_forward(model, torch.randn(2, 8, 6, 6), impl=impl, paths=paths)
+
+
+def test_complex_networks():
+    class Real(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = spnet.Router(4, 16)
+
+        def forward(self, x):
+            return self.router(x.abs())
+
+    def block(activation):
+        return spnet.RoutedBlock(nn.Linear(4, 4, dtype=torch.complex64), Real(), activation=activation)
+
+    model, x = settle(spnet.RoutedSequential(block(None), block(nn.Tanh()))), torch.randn(5, 4, dtype=torch.complex64)
+    for paths in (torch.rand(5, 2) < 0.5, None):
+        expected, masked = spnet.fast_forward(model, x, impl="masked", paths=paths, return_paths=True)
+        got, routed = spnet.fast_forward(model, x, paths=paths, return_paths=True)
+        assert torch.equal(masked.decisions, routed.decisions)
+        torch.testing.assert_close(got, expected)
+
+
+def test_inputs_of_integers():
+    line = _line(lambda: nn.Linear(8, 8))
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Flatten(0, 1), line).eval()
+    tokens = torch.randint(10, (3, 4))
+    torch.testing.assert_close(spnet.fast_forward(model, tokens), spnet.fast_forward(model, tokens, impl="masked"))
+
+
+def test_data_parallel(network):
+    x = torch.randn(3, 1, 32, 32)
+    wrapped = nn.DataParallel(network)
+    assert torch.equal(spnet.fast_forward(wrapped, x), spnet.fast_forward(network, x))
+    assert spnet.explain(wrapped, x).impl == "walk"
 
 
 def test_unknown_impl_names_the_near_match(network):

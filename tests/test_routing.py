@@ -168,3 +168,23 @@ def test_a_run_is_seen_by_its_own_thread_alone():
         thread.join()
     assert seen == [None]
     assert _active_run.get() is None
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (3, 1), (3, 2, 4), (2,)])
+def test_logits_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"router: expected logits \[B, 2\] of \(skip, execute\), got"):
+        decide(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [((None, nn.ReLU()), "body"), ((nn.ReLU(), None), "router"), ((nn.ReLU(), nn.ReLU(), abs), "shortcut")],
+)
+def test_parts_that_are_no_modules(parts, name):
+    with pytest.raises(TypeError, match=f"^{name}: expected a torch.nn.Module, got"):
+        spnet.RoutedBlock(*parts)
+
+
+def test_a_router_of_another_width():
+    with pytest.raises(ValueError, match=r"x: expected 8 channels \(the router's\), got 6"):
+        spnet.Router(8)(torch.zeros(2, 6, 3, 3))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ def lower(model: nn.Module, input_shape: tuple[int, int, int] | None = None) -> 
     shape = shape_of(model) if input_shape is None else input_shape
     if shape is None:
         raise LoweringError(f"{type(model).__name__} does not say its input_shape (C, H, W)")
-    if len(shape) != 3 or min(shape) < 1:
+    if not isinstance(shape, Sequence) or len(shape) != 3 or min(shape) < 1:
         raise LoweringError(f"input_shape: expected (C, H, W), got {shape}")
     return assemble(model, shape, read(model, shape))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spnet.execution import ops
 from spnet.execution.masked import MaskedRun
-from spnet.routing import RoutedBlock, RoutedSequential, Router, computes
+from spnet.routing import RoutedBlock, RoutedSequential, Router, check_sum, computes
 
 # Applied twice they change nothing, so a sample that passed one need not pass the same one again.
 _IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Identity)
@@ -96,14 +96,18 @@ class RoutedRun(MaskedRun):
             y = y.clone()
         if len(index):
             # As the sum of masked: a body may be one number per channel, or, under autocast, of another dtype.
+            check_sum(y, body)
             dtype = torch.promote_types(y.dtype, body.dtype)
             y, body = y.to(dtype), body.to(dtype).expand(-1, *y.shape[1:])
-            if settled and activation not in (nn.ReLU, nn.Identity):
-                y.index_copy_(0, index, block.activation(ops.gather_rows(y, index) + body))
+            if dtype.is_complex or (settled and activation not in (nn.ReLU, nn.Identity)):
+                sums = ops.gather_rows(y, index) + body
+                y.index_copy_(0, index, block.activation(sums) if settled else sums)
             else:
                 ops.scatter_add_rows_(y, index, body, settled and activation is nn.ReLU)
         if not settled:
             return _State(block.activation(y), made, activation)
+        if y.dim() == 2:
+            pooled = None  # is y itself
         if pooled is not None:
             pooled = pooled.index_copy(0, index, Router.pool(ops.gather_rows(y, index)))
         return _State(y, True, activation, pooled)

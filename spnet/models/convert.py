@@ -120,7 +120,11 @@ def _check_places(model: nn.Module, new: Iterable[str]) -> None:
             raise ValueError(f"model: block {name!r} also stands at {places[1]!r}, so it has no one path")
         inner = next((n for n in new if n != name and (n.startswith(f"{name}.") or not name)), None)
         if inner is not None:
-            raise ValueError(f"model: block {name!r} contains block {inner!r}; choose by `where` which to route")
+            leave = f"lambda name, module: not name.endswith({inner.rpartition('.')[2]!r})"
+            raise ValueError(
+                f"model: block {name!r} contains block {inner!r}; choose by `where` which to route, the outer ones by "
+                f"where={leave}"
+            )
 
 
 class _Proxy(fx.Proxy):
@@ -211,7 +215,7 @@ def _route(name: str, block: nn.Module, router_width: int, router_dropout: float
     if changed:
         raise refuse("computes another thing in training mode than in evaluation mode")
 
-    router = Router(_channels(block, graph, cut, shortcut, body), router_width, router_dropout, init_std=1e-3)
+    router = Router(_channels(block, graph, cut, shortcut, body), router_width, router_dropout, init_std=0.0)
     router.to(next(p for n in graph.nodes for m in _modules(block, n) for p in m.parameters()))
     parts = [_extract(block, graph, *ends) for ends in ((cut, body), (cut, shortcut), (total, output.args[0]))]
     routed: nn.Module = RoutedBlock(parts[0], router, *parts[1:])
@@ -263,7 +267,8 @@ def _channels(block: nn.Module, graph: fx.Graph, x: fx.Node, shortcut: fx.Node, 
 
     first_in = [stated(end, "in_channels", "num_features", "num_channels")[:1] for end in (body, shortcut)]
     # A body may begin with a module that takes half of the channels, or end with one that counts no channels.
-    last_out = stated(body, "out_channels", "num_features", "num_channels")[-1:] if not first_in[1] else []
+    names = "out_channels", "num_features", "num_channels", "out_features"
+    last_out = stated(body, *names)[-1:] if not first_in[1] else []
     return max([*first_in[0], *first_in[1], *last_out])
 
 

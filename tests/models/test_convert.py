@@ -555,3 +555,10 @@ def test_no_module(model):
     for call in (spnet.convert, lambda model: spnet.forward_training(model, torch.randn(1, 3, 8, 8))):
         with pytest.raises(TypeError, match=r"^model: expected a torch\.nn\.Module, got (NoneType|str|type)$"):
             call(model)
+
+
+def test_every_block_starts_open_whatever_the_features():
+    model = spnet.convert(Network(Basic)).eval()
+    x = 1e6 * torch.randn(4, 3, 32, 32)
+    _, paths = spnet.fast_forward(model, x, impl="masked", return_paths=True)
+    assert paths.decisions.all()
