@@ -141,8 +141,9 @@ def fast_forward(
             to each body; "batch" does so with folded weights and fused operators; "walk" carries each sample through
             the whole network in native code. "auto" takes "walk" where it fits, else "batch" where :func:`spnet.lower`
             takes the model, else "routed". A named one runs or raises, it never falls back. "batch" and "walk" follow
-            every change of the model's parameters, buffers, attributes and forwards; a forward that reads anything else
-            that changes, a global variable say, needs "routed".
+            every change of the model's parameters, buffers, attributes and forwards, on CUDA all but what is written
+            into a weight through its ``.data``, which PyTorch does not count; a forward that reads anything else that
+            changes, a global variable say, needs "routed".
         paths: bool [B, L], forces the decisions of the L RoutedBlocks (``Paths.blocks`` gives their order).
         threshold: a sample executes a block where its router's z_execute - z_skip > threshold. 0 is what was trained;
             more executes less, so that one network offers a range of accuracies and times. Of no effect with paths.

@@ -13,8 +13,8 @@ namespace spnet::cpu {
 struct PadShortcut {
   MapView in, out;  // data: pixel (0, 0)
   int64_t cin, cout, pad_before, stride;
-  int64_t height, width;  // of the output
-  float* row_sums;        // as in Conv
+  int64_t width;    // of the output
+  float* row_sums;  // as in Conv
 };
 
 // Every pixel the largest of those under its kernel. The halo of the input counts as 0, which changes nothing

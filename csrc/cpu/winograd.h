@@ -5,6 +5,7 @@
 //
 // An output of a tile depends on those 3x3 inputs alone that lie under its kernel, to the bit: where a tile
 // is cut off by the map's edge, or by that of a part, whatever finite or other number was read in the rest.
+// Where the direct convolution gives infinity, an output may be NaN, a difference of two infinities.
 #pragma once
 
 #include "conv.h"

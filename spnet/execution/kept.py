@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from numbers import Number
-from types import BuiltinFunctionType, FunctionType
+from operator import is_
+from types import BuiltinFunctionType, FunctionType, MethodType
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -42,21 +43,18 @@ class _Attributes:
         modules = list(model.modules())
         self._class = ref(type(model))
         # What a class computes may be replaced too, or edited in place as notebooks do that load their modules anew.
-        self._forwards = [(ref(kind), _code(kind)) for kind in set(map(type, modules))]
+        self._codes = [(ref(kind), _code(kind)) for kind in set(map(type, modules))]
         # In lists, of which each thread takes the next.
         self._facts = core.Facts([list(_facts(modules[i : i + 64], model)) for i in range(0, len(modules), 64)])
-        others = [(m, name, v) for m in modules for name, v in vars(m).items() if not _is_fixed(m, name, v)]
-        self._lists = [v for _, _, v in others if _is_list(v)]
+        self._lists = [v for m in modules for name, v in vars(m).items() if not _is_fixed(m, name, v)]
         self._copies = copy.deepcopy(self._lists)
-        elusive = (f"attribute {name!r} of a {type(m).__name__}" for m, name, v in others if not _is_list(v))
-        self.elusive = next(elusive, "")  # what may change unseen
 
     def unchanged(self, model: nn.Module, layouts: core.Layouts | None = None, chosen: bytes = b"") -> bool:
         """Also of the layouts of the chosen parts."""
         threads = torch.get_num_threads()
         if self._class() is not type(model) or self._lists != self._copies:
             return False
-        if any(_code(kind()) is not code for kind, code in self._forwards):
+        if not all(_are_same(_code(kind()), code) for kind, code in self._codes):
             return False
         return core.same_objects(layouts, chosen, self._facts, vars(model), threads)
 
@@ -132,9 +130,25 @@ def _readers(module: nn.Module, blocks: dict[int, int], part: int) -> Iterator[t
             yield from _readers(child, blocks, blocks[id(module)] if name == "body" and id(module) in blocks else part)
 
 
-def _code(kind: type[nn.Module] | None) -> object:
-    """What a class's forward runs; not the function, which may hold the model."""
-    return getattr(getattr(kind, "forward", None), "__code__", None)
+def _code(kind: type[nn.Module] | None) -> list:
+    """What the methods of a class run, and its plain attributes; of PyTorch's and our own classes the forward alone.
+
+    Not the functions, which may hold the model.
+    """
+    found = [getattr(getattr(kind, "forward", None), "__code__", None)]
+    for each in getattr(kind, "__mro__", ()):
+        if each.__module__.partition(".")[0] not in ("spnet", "torch", "builtins"):
+            for value in vars(each).values():
+                function = getattr(value, "__func__", getattr(value, "fget", value))
+                if isinstance(function, FunctionType):
+                    found += [function.__code__, function.__defaults__]
+                elif _is_plain(value):
+                    found.append(value)
+    return found
+
+
+def _are_same(values: list, others: list) -> bool:
+    return len(values) == len(others) and all(map(is_, values, others))
 
 
 def _facts(modules: list[nn.Module], model: nn.Module) -> Iterator:
@@ -142,7 +156,7 @@ def _facts(modules: list[nn.Module], model: nn.Module) -> Iterator:
 
     Held by the watch and so never mistaken for others that were given their addresses. But what might lead back to
     the model is not held, or it would live on in the cache: its own dictionary, and attributes that lowering would
-    not understand.
+    not understand. In the dictionaries of its parts nothing leads back: see :func:`_elusive`.
     """
     for m in modules:
         attributes = vars(m)
@@ -173,9 +187,28 @@ def _is_fixed(module: nn.Module, name: str, value: object) -> bool:
     return known and not (type(value) is list and _is_list(value))
 
 
+def _elusive(model: nn.Module) -> str:
+    """The first attribute that may change unseen, or by which a part of the model may hold all of it; "" for none."""
+    for m in model.modules():
+        for name, value in vars(m).items():
+            hidden = not _is_fixed(m, name, value) and not _is_list(value)
+            if hidden or (m is not model and name not in _OF_EVERY_MODULE and _may_lead_back(value, m)):
+                return f"attribute {name!r} of a {type(m).__name__}"
+    return ""
+
+
+def _may_lead_back(value: object, module: nn.Module) -> bool:
+    """Whether an attribute of a module may lead to another that holds it."""
+    if type(value) in (list, tuple, set, dict):
+        return any(_may_lead_back(v, module) for v in (value.values() if type(value) is dict else value))
+    if isinstance(value, MethodType):
+        return value.__self__ is not module
+    return isinstance(value, nn.Module) or getattr(value, "__closure__", None) is not None
+
+
 def _is_plain(value: object) -> bool:
     """Whether nobody can change it in place: a number, a string, a class, a function, None or a tuple of these."""
-    if type(value) in (tuple, torch.Size):
+    if isinstance(value, tuple):
         return all(map(_is_plain, value))
     if isinstance(value, FunctionType | BuiltinFunctionType):
         return getattr(value, "__closure__", None) is None
@@ -255,7 +288,10 @@ def _lowered(model: nn.Module, shape: tuple[int, ...]) -> Plan:
     for_image, attributes, message = _refused.get(model, (None, None, ""))
     if for_image == image and attributes.unchanged(model):
         raise LoweringError(message)
+    # Neither kept nor noted: either would let a model live on that holds itself.
     refuse_hidden(model)
+    if elusive := _elusive(model):
+        raise LoweringError(f"{elusive} may change unseen, so no plan can be kept; see spnet.lower")
     # Watched before it is read: a change in between is found by the next comparison.
     attributes = _Attributes(model)
     try:
@@ -264,8 +300,6 @@ def _lowered(model: nn.Module, shape: tuple[int, ...]) -> Plan:
         plans = _kept.setdefault(model, {})
         if len(plans) == MOST_SHAPES and shape not in plans:
             raise LoweringError(f"plans for images of {MOST_SHAPES} other shapes are kept")
-        if attributes.elusive:
-            raise LoweringError(f"{attributes.elusive} may change unseen, so no plan can be kept; see spnet.lower")
         steps = read(model, shape)
         if not attributes.unchanged(model):
             raise LoweringError(f"the forward of {type(model).__name__} changes its attributes")

@@ -31,6 +31,7 @@ from spnet.routing import (
     Run,
     _BatchNorm1d,
     active,
+    computes,
     own_weight,
     routed_blocks,
     uncompiled,
@@ -96,12 +97,14 @@ def is_watched() -> bool:
 
 
 def refuse_hidden(model: nn.Module) -> None:
-    """Raise a LoweringError for what no attribute of the modules shows, of which TorchScript's have none."""
+    """Raise a LoweringError for TorchScript, whose modules show no attributes, and hooks, which may hold a model."""
     if is_watched():
         raise LoweringError("a forward hook on all modules expects them to be called")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise LoweringError(f"{name or 'the network'!r} is of TorchScript, which hides what it computes")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise LoweringError("a forward hook expects the modules to be called")
 
 
 class ForwardError(LoweringError):
@@ -295,8 +298,6 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
     for module in model.modules():
         if module.training:
             raise LoweringError("the network is in training mode; call model.eval()")
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise LoweringError("a forward hook expects the modules to be called")
         forward = vars(module).get("forward")
         if forward is not None and not getattr(forward, "same_in_evaluation", False):
             raise LoweringError(f"the forward of a {type(module).__name__} has been replaced")
@@ -371,7 +372,8 @@ def _lower_block(
 ) -> tuple[Block, list[Tensor]]:
     """One block and the weights that belong to it."""
     name, router = f"block {number}", block.router
-    if type(block) is not RoutedBlock or type(router) is not Router or [step.kind for step in activation] != ["relu"]:
+    known = all(type(m) is kind and computes(m, kind) for m, kind in ((block, RoutedBlock), (router, Router)))
+    if not known or [step.kind for step in activation] != ["relu"]:
         raise LoweringError(f"{name} is no RoutedBlock with a spnet.Router and a ReLU")
     convolutions, weights = _lower_chain(f"the body of {name}", body)
     row = Block(tuple(convolutions), IDENTITY, 1, 0, 0)

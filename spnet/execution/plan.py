@@ -92,8 +92,9 @@ class Plan:
         self.device = torch.empty(0, device=device).device  # "cuda" is the current one of them
         self.network = read_table(table)
         expected = sum(math.prod(shape) for shape in self.network.shapes())
-        if weights.numel() != expected:
-            raise ValueError(f"weights: expected {expected} floats, as the table says, got {weights.numel()}")
+        if weights.dtype != torch.float32 or weights.numel() != expected:
+            got = f"{weights.numel()} of {weights.dtype}"
+            raise ValueError(f"weights: expected {expected} of torch.float32, as the table says, got {got}")
         self.weights, self.macs, self.dtype = weights.cpu().contiguous(), macs, dtype
         self.num_classes, self.num_blocks = self.network.num_classes, len(self.network.blocks)
         if len(macs.blocks) != self.num_blocks:
@@ -221,7 +222,9 @@ class Plan:
             tensors = {
                 "table": self.network.table(),
                 "weights": self.weights,
-                "costs": torch.tensor([[b.body, b.shortcut, b.router, b.parameters] for b in blocks]).reshape(-1, 4),
+                "costs": torch.tensor(
+                    [[b.body, b.shortcut, b.router, b.parameters] for b in blocks], dtype=torch.int64
+                ).reshape(-1, 4),
                 "total": torch.tensor([self.macs.dense, self.macs.parameters]),
                 "rates": unknown if self.rates is None else self.rates,
                 "dense": torch.tensor(self._dense, dtype=torch.bool),
@@ -294,7 +297,8 @@ def _read(data: bytes, device: torch.device | str, source: str) -> Plan:
     if metadata.get("spnet-plan") != str(FORMAT_VERSION):
         found = metadata.get("spnet-plan", "none")
         raise ValueError(f"{source} has plan version {found}, expected {FORMAT_VERSION}")
-    names, dtype = metadata.get("blocks", "").split("\n"), metadata.get("dtype")
+    names, dtype = metadata.get("blocks", ""), metadata.get("dtype")
+    names = names.split("\n") if names else []
     fits = {name: (t.dtype, t.dim()) for name, t in tensors.items()} == _TENSORS and dtype in _DTYPES
     if not fits or tensors["costs"].shape != (len(names), 4) or tensors["total"].shape != (2,):
         raise ValueError(f"{source} is no plan: its tensors have other names, types or shapes")

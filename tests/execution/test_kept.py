@@ -159,6 +159,39 @@ def test_the_plan_follows_the_forward_of_a_class(network, in_place):
     torch.testing.assert_close(spnet.fast_forward(network, x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_plan_follows_what_a_forward_calls(network):
+    class Head(nn.Linear):
+        which = "weight"
+
+        def forward(self, x):
+            return self.product(x, getattr(self, self.which))
+
+        def product(self, x, weight):
+            return F.linear(x, weight, self.bias)
+
+    network.heads[-1] = Head(64, 10).eval()
+    network.heads[-1].other = nn.Parameter(torch.randn(10, 64))
+    x = torch.randn(3, 1, 32, 32)
+    for change in ({}, {"which": "other"}, {"product": lambda self, x, weight: F.linear(x, self.weight, self.bias)}):
+        for name, value in change.items():
+            setattr(Head, name, value)
+        assert spnet.explain(network, x).impl == "walk"
+        expected = spnet.fast_forward(network, x, impl="masked")
+        torch.testing.assert_close(spnet.fast_forward(network, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["logits", "pool", "forward"])
+def test_a_router_that_computes_another_thing(network, name):
+    x = torch.randn(8, 1, 32, 32)
+    spnet.fast_forward(network, x)
+    router = network.features.stage1[1].router
+    given = getattr(router, name)
+    setattr(router, name, lambda x: -given(x))
+    _, expected = spnet.fast_forward(network, x, impl="masked", return_paths=True)
+    _, paths = spnet.fast_forward(network, x, return_paths=True)
+    assert torch.equal(paths.decisions[:, 1], expected.decisions[:, 1])
+
+
 def test_a_hook_turns_to_another_execution(network):
     x = torch.randn(3, 1, 32, 32)
     spnet.fast_forward(network, x)
@@ -364,6 +397,27 @@ def test_a_kept_plan_does_not_keep_its_model(network, tie):
     model = settle(spnet.create_model("resnet20_cifar", in_channels=1))
     model.helper = tie(model)
     spnet.fast_forward(model, torch.zeros(1, 1, 32, 32))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize(
+    "tie",
+    [
+        lambda m: setattr(m.features.stem[1], "helper", m.forward),
+        lambda m: setattr(m.features.stem[1], "owner", [m]),
+        lambda m: setattr(m.features.stem[1], "look", lambda: m),
+        lambda m: m.features.stem[1].register_forward_hook(lambda module, inputs, y: (m, y)[1]),
+    ],
+)
+def test_a_part_that_leads_back_to_the_model_does_not_keep_it(tie):
+    model = settle(spnet.create_model("resnet20_cifar", in_channels=1))
+    tie(model)
+    x = torch.randn(2, 1, 32, 32)
+    for _ in range(2):
+        torch.testing.assert_close(spnet.fast_forward(model, x), spnet.fast_forward(model, x, impl="masked"))
     alive = weakref.ref(model)
     del model
     gc.collect()

@@ -399,3 +399,10 @@ def test_a_plan_holds_no_reference_to_its_model(network):
     del twin
     gc.collect()
     assert alive() is None
+
+
+def test_weights_of_another_dtype(network):
+    plan = spnet.lower(network)
+    for dtype in (torch.float16, torch.float64, torch.int8):
+        with pytest.raises(ValueError, match=rf"weights: expected \d+ of torch.float32, .* got \d+ of {dtype}"):
+            spnet.Plan(plan.network.table(), plan.weights.to(dtype), plan.macs)

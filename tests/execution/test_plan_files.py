@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import spnet
+from spnet.analysis.macs import Macs
 from spnet.execution.plan import _digest
+from spnet.execution.table import Convolution, Network
 from tests.conftest import VARIANTS, settle, vary
 
 EXAMPLES = settings(max_examples=300)
@@ -162,3 +164,12 @@ def test_made_up_tensors(saved, data):
     saved.path.write_bytes(_sealed(tensors, metadata))
     with pytest.raises(ValueError, match=r"."):
         spnet.load_plan(saved.path)
+
+
+def test_a_network_without_blocks(tmp_path):
+    network = Network(1, 8, 8, 3, (0, 0, 0), (Convolution(1, 4, 3, 1, 1),), ())
+    weights = torch.randn(sum(math.prod(shape) for shape in network.shapes()))
+    plan, x = spnet.Plan(network.table(), weights, Macs(1, 1, ())), torch.randn(2, 1, 8, 8)
+    plan.save(tmp_path / "plan")
+    for impl in ("walk", "batch"):
+        assert torch.equal(spnet.load_plan(tmp_path / "plan")(x, impl=impl), plan(x, impl=impl))
