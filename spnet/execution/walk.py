@@ -13,7 +13,21 @@ _PRECISIONS = {torch.float32: core.Precision.float32, torch.bfloat16: core.Preci
 _HALVES = {torch.float16: core.Dtype.float16, torch.bfloat16: core.Dtype.bfloat16}
 
 
-class Walk:
+class _Walk:
+    """What both have in common: ``_native`` runs a network of ``_outputs`` (classes, blocks)."""
+
+    def _run(self, x: Tensor, paths: Tensor | None, threshold: float, *how) -> tuple[Tensor, Tensor]:
+        batch, (classes, blocks) = len(x), self._outputs
+        paths = None if paths is None else paths.contiguous()
+        logits = torch.empty(batch, classes, dtype=torch.float32, device=x.device)
+        decisions = torch.empty(batch, blocks, dtype=torch.bool, device=x.device)
+        forced = 0 if paths is None else paths.data_ptr()
+        outputs = logits.data_ptr(), decisions.data_ptr()
+        self._native.run(x.data_ptr(), batch, *x.stride(), forced, threshold, *outputs, *how)
+        return logits, decisions
+
+
+class Walk(_Walk):
     """Networks of basic and bottleneck blocks on the CPU: 1x1 and 3x3 convolutions of one group, a stem of 3x3 or 7x7.
 
     Args:
@@ -35,25 +49,10 @@ class Walk:
     def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         """x [B, C, H, W], paths bool [B, L] or None -> float32 logits [B, classes], decisions bool [B, L]."""
         x = x.to(self._dtype)
-        batch, (classes, blocks) = len(x), self._outputs
-        paths = None if paths is None else paths.contiguous()
-        logits = torch.empty(batch, classes, dtype=torch.float32, device=x.device)
-        decisions = torch.empty(batch, blocks, dtype=torch.bool, device=x.device)
-        self._native.run(
-            x.data_ptr(),
-            batch,
-            *x.stride(),
-            0 if paths is None else paths.data_ptr(),
-            threshold,
-            logits.data_ptr(),
-            decisions.data_ptr(),
-            torch.get_num_threads(),
-            x.dtype == torch.bfloat16,
-        )
-        return logits, decisions
+        return self._run(x, paths, threshold, torch.get_num_threads(), x.dtype == torch.bfloat16)
 
 
-class CudaWalk:
+class CudaWalk(_Walk):
     """The same in one launch: each thread block carries samples through the network in its shared memory.
 
     Nothing waits for the device; runs are ordered by the caller's stream and may be captured in a CUDA graph, which
@@ -80,18 +79,4 @@ class CudaWalk:
 
     def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         """As :meth:`Walk.run`, on the device of the weights."""
-        batch, (classes, blocks) = len(x), self._outputs
-        paths = None if paths is None else paths.contiguous()
-        logits = torch.empty(batch, classes, dtype=torch.float32, device=x.device)
-        decisions = torch.empty(batch, blocks, dtype=torch.bool, device=x.device)
-        self._native.run(
-            x.data_ptr(),
-            batch,
-            *x.stride(),
-            0 if paths is None else paths.data_ptr(),
-            threshold,
-            logits.data_ptr(),
-            decisions.data_ptr(),
-            torch.cuda.current_stream(x.device).cuda_stream,
-        )
-        return logits, decisions
+        return self._run(x, paths, threshold, torch.cuda.current_stream(x.device).cuda_stream)

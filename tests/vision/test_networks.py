@@ -25,6 +25,7 @@ TORCHVISION = {
 TIMM = {
     "resnet18": (8, 64),
     "resnet50d": (16, 64),
+    "edgenext_xx_small": (12, 64),
     "resnetblur50": (16, 64),
     "resnext50_32x4d": (16, 64),
     "seresnet50": (16, 64),
