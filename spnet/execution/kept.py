@@ -43,7 +43,10 @@ class _Attributes:
         modules = list(model.modules())
         self._class = ref(type(model))
         # What a class computes may be replaced too, or edited in place as notebooks do that load their modules anew.
-        self._codes = [(ref(kind), _code(kind)) for kind in set(map(type, modules))]
+        kinds = set(map(type, modules))
+        self._forwards = [(ref(kind), _code(kind)) for kind in kinds]
+        own = {each for kind in kinds for each in kind.__mro__ if _is_own(each)}
+        self._classes = [(ref(each), _contents(each)) for each in own]
         # In lists, of which each thread takes the next.
         self._facts = core.Facts([list(_facts(modules[i : i + 64], model)) for i in range(0, len(modules), 64)])
         self._lists = [v for m in modules for name, v in vars(m).items() if not _is_fixed(m, name, v)]
@@ -54,8 +57,12 @@ class _Attributes:
         threads = torch.get_num_threads()
         if self._class() is not type(model) or self._lists != self._copies:
             return False
-        if not all(_are_same(_code(kind()), code) for kind, code in self._codes):
+        if any(_code(kind()) is not code for kind, code in self._forwards):
             return False
+        for kind, before in self._classes:
+            now = _contents(kind())
+            if len(now) != len(before) or not all(map(is_, now, before)):
+                return False
         return core.same_objects(layouts, chosen, self._facts, vars(model), threads)
 
 
@@ -130,25 +137,26 @@ def _readers(module: nn.Module, blocks: dict[int, int], part: int) -> Iterator[t
             yield from _readers(child, blocks, blocks[id(module)] if name == "body" and id(module) in blocks else part)
 
 
-def _code(kind: type[nn.Module] | None) -> list:
-    """What the methods of a class run, and its plain attributes; of PyTorch's and our own classes the forward alone.
+def _code(kind: type[nn.Module] | None) -> object:
+    """What a class's forward runs; not the function, which may hold the model."""
+    return getattr(getattr(kind, "forward", None), "__code__", None)
 
-    Not the functions, which may hold the model.
-    """
-    found = [getattr(getattr(kind, "forward", None), "__code__", None)]
-    for each in getattr(kind, "__mro__", ()):
-        if each.__module__.partition(".")[0] not in ("spnet", "torch", "builtins"):
-            for value in vars(each).values():
-                function = getattr(value, "__func__", getattr(value, "fget", value))
-                if isinstance(function, FunctionType):
-                    found += [function.__code__, function.__defaults__]
-                elif _is_plain(value):
-                    found.append(value)
+
+def _is_own(kind: type) -> bool:
+    """Whether a class is a user's, who may change more of it than its forward."""
+    return kind.__module__.partition(".")[0] not in ("spnet", "torch", "builtins")
+
+
+def _contents(kind: type | None) -> list:
+    """What the methods of a class run, and its plain attributes."""
+    found = []
+    for value in vars(kind).values() if kind is not None else ():
+        function = getattr(value, "__func__", getattr(value, "fget", value))
+        if isinstance(function, FunctionType):
+            found += [function.__code__, function.__defaults__ if _is_plain(function.__defaults__) else ...]
+        elif _is_plain(value):
+            found.append(value)
     return found
-
-
-def _are_same(values: list, others: list) -> bool:
-    return len(values) == len(others) and all(map(is_, values, others))
 
 
 def _facts(modules: list[nn.Module], model: nn.Module) -> Iterator:

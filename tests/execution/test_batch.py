@@ -98,7 +98,7 @@ def test_own_decisions(model, batch, threshold):
 @given(networks(num_classes=[10]), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]), HALVES)
 def test_half_precision(model, batch, rate, dtype):
     model = model.to(dtype)
-    x, paths = _input(model, 16).to(dtype), torch.rand(16, len(routed_blocks(model))) < rate
+    x, paths = _input(model, 8).to(dtype), torch.rand(8, len(routed_blocks(model))) < rate
     got = spnet.fast_forward(model, x[:batch], impl="batch", paths=paths[:batch])
     assert got.dtype == dtype
     assert_as_exact_as_masked(got, model, x, paths)

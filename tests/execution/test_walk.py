@@ -97,7 +97,7 @@ def test_a_thousand_samples(form):
 @given(networks(num_classes=[10]), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]), HALVES)
 def test_half_precision(model, batch, rate, dtype):
     model = model.to(dtype)
-    x, paths = _input(model, 16).to(dtype), torch.rand(16, sum(len(stage) for stage in model.stages)) < rate
+    x, paths = _input(model, 8).to(dtype), torch.rand(8, sum(len(stage) for stage in model.stages)) < rate
     walked = spnet.fast_forward(model, x[:batch], impl="walk", paths=paths[:batch])
     assert walked.dtype == dtype
     assert_as_exact_as_masked(walked, model, x, paths)
