@@ -16,16 +16,7 @@ from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan, checked_threshold
 from spnet.execution.routed import RoutedRun, keeps_nothing
-from spnet.routing import (
-    RoutedBlock,
-    RoutedSequential,
-    Router,
-    active,
-    own_weight,
-    routed_blocks,
-    uncompiled,
-    unwrapped,
-)
+from spnet.routing import RoutedBlock, RoutedSequential, Router, active, own_weight, uncompiled, unwrapped
 
 IMPLEMENTATIONS = ("masked", "routed", "batch", "walk")
 
@@ -43,6 +34,7 @@ class _Scan(NamedTuple):
 
 def _scan(model: nn.Module) -> _Scan:
     blocks, inner, mixing, in_line, hooked = {}, "", "", set(), is_watched()
+    outer = None  # what the names inside the last block begin with
     for name, module in model.named_modules():
         if getattr(module, "training", False):  # what TorchScript has frozen has no mode
             raise ValueError(
@@ -56,9 +48,12 @@ def _scan(model: nn.Module) -> _Scan:
             raise ValueError(f"model: {name!r} is of TorchScript, which hides that it is a RoutedBlock; script bodies")
         if isinstance(module, RoutedBlock):
             blocks[name] = module
-            inner = inner or next((f"{name}.{n}" for n in list(routed_blocks(module))[1:]), "")
+            if outer is not None and name.startswith(outer):
+                inner = name
+            else:
+                outer = f"{name}." if name else ""
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            mixing = name if any(name.startswith(f"{block}.body".lstrip(".")) for block in blocks) else mixing
+            mixing = name if outer is not None and f"{name}.".startswith(f"{outer}body.") else mixing
         elif isinstance(module, RoutedSequential):
             in_line.update(id(child) for child in module)
         hooked = hooked or bool(module._forward_hooks or module._forward_pre_hooks)
