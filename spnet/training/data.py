@@ -42,8 +42,8 @@ def make_loader(
         shard: (rank, number of ranks): yield only this rank's part of every batch.
 
     Returns:
-        A loader with `epoch(epoch, start)`, `len`, `num_classes`, `in_channels`, `class_names`, `mean`, `std`
-        and `input_size`.
+        A loader with `epoch(epoch, start)`, `len`, `num_images`, `num_classes`, `in_channels`, `class_names`, `mean`,
+        `std` and `input_size`.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: see `load_dataset`, `image_folder`, `index_shards` and the loaders.

@@ -132,8 +132,8 @@ class Trainer:
     training executes (every block, skipped or not; twice as many backward as forward; the auxiliary module's forward),
     and ``test_images_per_second`` and ``test_macs_per_second``, those that the paths of the test images execute.
     With routers its ``test`` has ``churn``, the fraction of the test samples' decisions that flipped since the epoch
-    before (:func:`spnet.analysis.stability.path_churn`; None for the first). With shards there is ``bad_shards``, how
-    many could not be read so far, on all ranks.
+    before (:func:`spnet.analysis.stability.path_churn`; None for the first, and where the set has changed its size).
+    With shards there is ``bad_shards``, how many could not be read so far, on all ranks.
 
     In a job of several ranks (:func:`spnet.training.distributed.job`) each trains on its part of every batch, all hold
     the same weights, auxiliary module and statistics after every step, and rank 0 writes; ``config.out`` must be one
@@ -237,7 +237,8 @@ class Trainer:
 
         Raises:
             FileExistsError: the folder holds a run already and resume is False, or another process trains in it.
-            ValueError: resuming a run of other settings (names them), or a damaged checkpoint or log.
+            ValueError: resuming a run of other settings (names them) or of another number of training images, or a
+                damaged checkpoint or log.
             FloatingPointError: a loss term or the weights are not finite; the last checkpoint stays.
             OSError: a full disk, say; the last checkpoint stays.
             SystemExit: of code 0, after SIGTERM to any rank.
@@ -330,7 +331,9 @@ class Trainer:
         test = asdict(evaluation)
         decisions, before = test.pop("decisions"), self._decisions
         if not config.static:
-            test["churn"] = None if before is None else path_churn(before, decisions)
+            # Since a resume the test set may have lost bad shards, or got them back.
+            same = before is not None and before.shape == decisions.shape
+            test["churn"] = path_churn(before, decisions) if same else None
         self.epoch, self.batch, self._sums, self._decisions = self.epoch + 1, 0, {}, decisions
         (bad,) = distributed.sum_over_ranks([self.train_loader.bad_shards + self.test_loader.bad_shards])
         self._write(
@@ -434,6 +437,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
+            "num_images": self.train_loader.num_images,
             "best_accuracy": self.best_accuracy,
             "sums": self._sums,
             "decisions": self._decisions,
@@ -459,7 +463,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-            self.best_accuracy = state["best_accuracy"]
+            num_images, self.best_accuracy = state["num_images"], state["best_accuracy"]
             self._decisions = state["decisions"]
             self._sums = {name: total.to(self.device) for name, total in state["sums"].items()}
             torch.set_rng_state(state["rng"])
@@ -467,6 +471,10 @@ class Trainer:
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"resume: {last} is no checkpoint of this run ({e!r})") from e
+        if num_images != self.train_loader.num_images:  # every epoch would have another order and length
+            raise ValueError(
+                f"resume: expected the {num_images} training images of {self.run}, got {self.train_loader.num_images}"
+            )
 
 
 def _cut_log(log: BinaryIO, step: int) -> None:

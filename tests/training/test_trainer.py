@@ -706,6 +706,34 @@ def test_resume_where_folder_and_workers_changed(straight, tmp_path):
     assert_same_run(straight[0], tmp_path / "b")
 
 
+def fewer(images):
+    """A loader of only so many of the images."""
+
+    def make(data, *args, **kwargs):
+        part = dataclasses.replace(data, images=data.images[:images], labels=data.labels[:images])
+        return Loader(part, *args, **kwargs)
+
+    return make
+
+
+def test_resume_with_another_test_set_has_no_churn(tmp_path):
+    """As after a shard of it went bad, or was repaired."""
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, epochs=3, loader=stop_before(5)).fit()
+    assert make_trainer(tmp_path, epochs=3, test_loader=fewer(20)).fit(resume=True).samples == 20
+    churn = [line["test"]["churn"] for line in log_of(tmp_path) if line["kind"] == "epoch"]
+    assert churn[:2] == [None, None]
+    assert churn[2] is not None
+
+
+def test_resume_with_another_number_of_training_images(straight, tmp_path):
+    run = copy_of(straight[0], tmp_path / "run")
+    before = log_of(run)
+    with pytest.raises(ValueError, match="^resume: expected the 32 training images of .*run, got 24"):
+        make_trainer(run, images=24).fit(resume=True)
+    assert log_of(run) == before
+
+
 class Bomb:
     """Unpickling it leaves a mark."""
 
