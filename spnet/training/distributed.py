@@ -5,10 +5,12 @@ Without a job everything here is the identity, so that the trainer is one for bo
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MethodType
 from typing import Any
 
@@ -78,6 +80,7 @@ def job(device: str) -> Iterator[None]:
         )
     if cuda:
         torch.cuda.set_device(usable_device(f"cuda:{os.environ['LOCAL_RANK']}"))
+    clean = False
     try:
         # gloo on a GPU too: what is on the host (the wish to stop, sums of the evaluation) waits for no kernel there.
         store, rank, size = next(dist.rendezvous("env://"))
@@ -87,6 +90,10 @@ def job(device: str) -> Iterator[None]:
             store = dist.PrefixStore(f"attempt-{_attempt()}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
         yield
+        clean = True
+    except SystemExit as e:
+        clean = not e.code
+        raise
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or "gloo" in str(e).lower():
             cause = str(e).splitlines()[0].split(". ")[0]
@@ -96,8 +103,19 @@ def job(device: str) -> Iterator[None]:
             ) from e
         raise
     finally:
-        if in_job():
+        if cuda and in_job() and not clean:
+            # NCCL's end waits for the peers, who may wait for this rank: neither they nor torchrun would learn of it.
+            atexit.register(_exit_at_once)
+        elif in_job():
             dist.destroy_process_group()
+
+
+def _exit_at_once() -> None:
+    """End the process after its error was printed, before the interpreter destroys what is left of NCCL."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)
 
 
 def any_rank(wish: bool) -> bool:

@@ -278,6 +278,52 @@ def test_torchrun_restarts_and_resumes_after_the_death_of_a_rank(tmp_path):
     assert load_state(tmp_path / "run" / "last")["step"] == 4
 
 
+# A rank of a job on GPUs, with NCCL faked: to leave it hangs, by its own call and at the interpreter's exit.
+NCCL = """
+import atexit, sys, time
+import torch, torch.distributed as dist
+from spnet.training import distributed
+
+init, destroy = dist.init_process_group, dist.destroy_process_group
+dist.init_process_group = lambda backend, **kwargs: print(backend) or init("gloo", **kwargs)
+distributed.usable_device = torch.cuda.set_device = lambda device: device
+end = sys.argv[1]
+if end in ("return", "SystemExit(0)"):
+    dist.destroy_process_group = lambda: print("destroyed") or destroy()
+else:
+    dist.destroy_process_group = lambda: time.sleep(1000)
+    atexit.register(time.sleep, 1000)
+with distributed.job("cuda"):
+    print("joined")
+    if end != "return":
+        raise eval(end)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "says"),
+    [
+        ("return", 0, ""),
+        ("SystemExit(0)", 0, ""),
+        ("SystemExit('broken')", 1, "broken"),
+        ("ValueError('broken')", 1, "ValueError: broken"),
+        ("RuntimeError('gloo: broken')", 1, "ConnectionError: rank 0: lost another rank, whose own message says why"),
+    ],
+)
+def test_rank_on_a_gpu_that_fails_ends_at_once(end, code, says):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "a job"}
+    job |= {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    environment = ENVIRONMENT | {name: str(value) for name, value in job.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", NCCL, end], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout.split() == ["cpu:gloo,cuda:nccl", "joined", *([] if code else ["destroyed"])]
+    assert says in done.stderr
+
+
 def test_one_gpu_for_all_ranks(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
     monkeypatch.setenv("LOCAL_RANK", "0")
