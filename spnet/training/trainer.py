@@ -237,15 +237,17 @@ class Trainer:
 
         Raises:
             FileExistsError: the folder holds a run already and resume is False, or another process trains in it.
-            ValueError: resuming a run of other settings (names them) or of another number of training images, or a
-                damaged checkpoint or log.
+            ValueError: resuming a run of other settings (names them) or of another number of training images, a
+                damaged checkpoint or log, or ranks that read several checkpoints.
             FloatingPointError: a loss term or the weights are not finite; the last checkpoint stays.
             OSError: a full disk, say; the last checkpoint stays.
             SystemExit: of code 0, after SIGTERM to any rank.
         """
+        # Rank 0 decides for all: on a file server the ranks may see the folder as it was at different moments.
+        resume, used = distributed.gather_over_ranks((resume, (self.run / "last").exists()))[0]
         if resume:
             self._resume()
-        elif (self.run / "last").exists():
+        elif used:
             raise FileExistsError(f"out: {self.run} holds a run already; resume it or name another folder")
         evaluation, restarted = None, distributed.restarted()
         with ExitStack() as stack:
@@ -475,6 +477,9 @@ class Trainer:
             raise ValueError(
                 f"resume: expected the {num_images} training images of {self.run}, got {self.train_loader.num_images}"
             )
+        read = distributed.gather_over_ranks(f"{last.resolve().name} at step {self.step}")
+        if len(set(read)) > 1:
+            raise ValueError(f"resume: expected one checkpoint for all ranks, got {', '.join(read)}")
 
 
 def _cut_log(log: BinaryIO, step: int) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -109,7 +110,20 @@ def run_resumed(folder, rank):
     try:
         make_trainer(folder / "interrupted", loader=stop_before(7)).fit()
     except KeyboardInterrupt:
+        if rank == 0:
+            shutil.copytree(folder / "interrupted", folder / "behind", symlinks=True)
+        dist.barrier()
         make_trainer(folder / "interrupted").fit(resume=True)
+
+
+def run_divided(folder, rank):
+    """The ranks wish different things, then one of them sees an older checkpoint, as by a slow file server."""
+    evaluation = make_trainer(folder / "straight").fit(resume=rank == 0)
+    assert evaluation == make_trainer(folder / "straight").fit(resume=True)
+    try:
+        make_trainer(folder / ("behind" if rank == 1 else "straight")).fit(resume=True)
+    except ValueError as e:
+        (folder / f"divided-{rank}").write_text(str(e))
 
 
 def run_terminated(folder, rank):
@@ -225,6 +239,14 @@ def test_every_rank_knows_all_shards(ranks):
 
 def test_resume(ranks):
     assert_same_run(ranks / "straight", ranks / "interrupted")
+
+
+def test_ranks_that_read_several_checkpoints(ranks):
+    names = [(ranks / run / "last").resolve().name for run in ("straight", "behind", "straight")]
+    expected = ", ".join(f"{name} at step {step}" for name, step in zip(names, (8, 6, 8), strict=True))
+    for rank in range(RANKS):
+        got = (ranks / f"divided-{rank}").read_text()
+        assert got == f"resume: expected one checkpoint for all ranks, got {expected}"
 
 
 @pytest.mark.parametrize("step", [4, 5])
@@ -361,6 +383,7 @@ if __name__ == "__main__":  # one rank: folder, rank
     if importlib.util.find_spec("webdataset"):
         run_indexed(folder, rank)
     run_resumed(folder, rank)
+    run_divided(folder, rank)
     run_terminated(folder, rank)
     run_not_finite(folder, rank)
     dist.destroy_process_group()
