@@ -170,9 +170,10 @@ def train(preset: str | None, file: str | None, resume: bool, **settings) -> Non
     else:
         config = TrainConfig.preset(preset or "cifar", **settings)
     with distributed.job(config.device):
-        # After a rank's death torchrun starts all of them again, by the same command.
-        restarted = distributed.restarted()
-        resume = resume or (restarted and (Path(config.out) / "last").exists())
+        # After a rank's death torchrun starts all of them again, by the same command. A run that the first attempt
+        # found in the folder, and refused to overwrite, is not the one to go on with.
+        out = Path(config.out)
+        resume = resume or (distributed.restarted() and distributed.noted_job(out) and (out / "last").exists())
         trainer = Trainer(config)
         result = trainer.fit(resume=resume)
         if distributed.rank() == 0:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -19,6 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
+
+from spnet.models.files import write_whole
+
+JOB = "job.txt"  # in a run's folder: by which torchrun processes, one per node, it was begun or resumed last
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -54,6 +59,28 @@ def restarted() -> bool:
 
 def _attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def note_job(run: Path) -> None:
+    """Write into a run's folder which job trains it, for :func:`noted_job`; nothing without torchrun."""
+    if dist.is_torchelastic_launched():
+        agents = sorted(set(gather_over_ranks(_agent())))
+        if rank() == 0:
+            write_whole(run / JOB, "\n".join(agents).encode())
+
+
+def noted_job(run: Path) -> bool:
+    """Whether an earlier attempt of this job trained the run."""
+    # One of its nodes is enough: after a restart others may be new.
+    agents = gather_over_ranks(_agent())
+    return (run / JOB).exists() and not set(agents).isdisjoint((run / JOB).read_text().splitlines())
+
+
+def _agent() -> str:
+    """The torchrun process that started this rank, unlike any other; --rdzv-id may be the same for all jobs."""
+    pid, boot = os.getppid(), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # from the boot to its start
+    return f"{boot} {pid} {ticks}"
 
 
 @contextmanager

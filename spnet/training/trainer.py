@@ -137,7 +137,7 @@ class Trainer:
 
     In a job of several ranks (:func:`spnet.training.distributed.job`) each trains on its part of every batch, all hold
     the same weights, auxiliary module and statistics after every step, and rank 0 writes; ``config.out`` must be one
-    folder for all of them.
+    folder for all of them. ``job.txt`` there notes the job, for its next attempt.
 
     Args:
         config: the settings.
@@ -263,6 +263,7 @@ class Trainer:
                 self.config.save(self.run / "config.json")
                 board = SummaryWriter(self.run / "tensorboard", purge_step=self.step + 1)
                 self._board = stack.enter_context(board)
+            distributed.note_job(self.run)
             while self.epoch < self.config.epochs:
                 evaluation = self._train_epoch()
         return self.evaluate() if evaluation is None else evaluation

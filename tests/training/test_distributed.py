@@ -286,11 +286,14 @@ def test_torchrun_restarts_and_resumes_after_the_death_of_a_rank(tmp_path):
     write_fashion_mnist(tmp_path, "train", 64)
     write_fashion_mnist(tmp_path, "test", 32)
     (tmp_path / "command.py").write_text(COMMAND)
-    command = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 command.py train --data-root ."
-    command += " --data fashion-mnist --model resnet20_cifar --batch-size 16 --epochs 1 --checkpoint-every 1 --out run"
-    done = subprocess.run(
-        [sys.executable, *command.split()], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+
+    def torchrun(ranks, command):
+        command = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --max-restarts 1 {command} train"
+        command += " --data-root . --data fashion-mnist --model resnet20_cifar --batch-size 16 --epochs 1"
+        command = [sys.executable, *command.split(), "--checkpoint-every", "1", "--out", "run"]
+        return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+    done = torchrun(2, "command.py")
     assert done.returncode == 0, done.stderr
     assert "Error: rank 0: lost another rank, whose own message says why; the last checkpoint stays" in done.stderr
     assert done.stdout.count("32 samples: accuracy") == 1
@@ -298,6 +301,11 @@ def test_torchrun_restarts_and_resumes_after_the_death_of_a_rank(tmp_path):
         assert (tmp_path / f"batches-0-{rank}").read_text().startswith("0 of 8\n1 of 8\n")
         assert (tmp_path / f"batches-1-{rank}").read_text() == "2 of 8\n3 of 8\n"
     assert load_state(tmp_path / "run" / "last")["step"] == 4
+    # The second attempt of another job is as little meant to go on with this run as the first.
+    done = torchrun(1, "-m spnet")
+    assert done.returncode == 1
+    assert done.stderr.count("Error: out: run holds a run already") == 2
+    assert "accuracy" not in done.stdout
 
 
 # A rank of a job on GPUs, with NCCL faked: to leave it hangs, by its own call and at the interpreter's exit.
