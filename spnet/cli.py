@@ -23,7 +23,7 @@ from spnet.models.hub import model_card
 from spnet.routing import routed_blocks
 from spnet.training import TrainConfig, Trainer, distributed, evaluate
 from spnet.training.config import PRESETS
-from spnet.training.data import DATASETS, FolderLoader, Loader, make_loader
+from spnet.training.data import DATASETS, FolderLoader, Loader, check_data, make_loader
 from spnet.training.report import FirstImages, easiest_and_hardest, read_images, write_report
 
 
@@ -62,10 +62,7 @@ def _load(folder: str) -> spnet.SPNet:
 
 def _test_loader(network: spnet.SPNet, data: str, root: str | None, batch_size: int) -> Loader | FolderLoader:
     loader = make_loader(data, "test", root=root, batch_size=batch_size, image_size=network.input_size)
-    if loader.num_classes != network.num_classes:  # the labels of fewer classes would pass for the network's first ones
-        raise ValueError(
-            f"data: expected the network's {network.num_classes} classes, got {loader.num_classes} in {data}"
-        )
+    check_data(network, loader, data)
     return loader
 
 

@@ -141,6 +141,26 @@ def test_data_of_other_classes(tmp_path, data, command):
     assert "data: expected the network's 100 classes, got 10 in fashion-mnist" in text
 
 
+@pytest.mark.parametrize("command", ["eval", "paths", "report"])
+@pytest.mark.parametrize(
+    ("name", "values", "says"),
+    [
+        ("class_names", [*"abcdefghij"], "class 0 'a' of the network, got 'T-shirt/top' in fashion-mnist"),
+        ("mean", [0.5], r"the network's mean [0.5], got [0.286041] in fashion-mnist"),
+        ("std", [0.5], r"the network's std [0.5], got [0.353024] in fashion-mnist"),
+    ],
+)
+def test_data_of_other_names_or_normalisation(tmp_path, data, command, name, values, says):
+    """As many classes, and pixels of the same shape, are not yet the data that the network knows."""
+    network = spnet.load_pretrained("fashion-mnist")
+    network.data = {**network.data, name: values}
+    spnet.save_model(network, tmp_path / "best")
+    TrainConfig(data="fashion-mnist", data_root=data).save(tmp_path / "config.json")
+    (tmp_path / "log.jsonl").write_text('{"kind": "epoch", "step": 1}\n')
+    place = [str(tmp_path)] if command == "report" else [str(tmp_path / "best"), "--data", "fashion-mnist"]
+    assert f"data: expected {says}" in fail(command, *place, "--data-root", data)
+
+
 def test_files_and_folders_in_the_way_are_one_line(tmp_path, data):
     file = tmp_path / "file"
     file.touch()
