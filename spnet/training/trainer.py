@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -230,7 +230,9 @@ class Trainer:
         return evaluate(self.model, self.test_loader, impl=impl, device=self.device, sharded=True)
 
     def fit(self, *, resume: bool = False) -> Evaluation:
-        """Train to the last epoch and return the last evaluation. SIGTERM saves after the running step and exits.
+        """Train to the last epoch and return the last evaluation.
+
+        SIGTERM saves after the running step or evaluation and exits; before every evaluation there is a checkpoint.
 
         Args:
             resume: go on from ``out/last``, bit-identically on a CPU; False expects an unused folder.
@@ -257,7 +259,7 @@ class Trainer:
                 self._log = stack.enter_context(open(self.run / "log.jsonl", "r+b" if resume else "ab"))
                 self._lock(wait=restarted)
                 if resume:
-                    _cut_log(self._log, self.step)
+                    _cut_log(self._log, self.step, self.epoch)
                 else:
                     self._log.truncate(0)
                 self.config.save(self.run / "config.json")
@@ -266,6 +268,8 @@ class Trainer:
             distributed.note_job(self.run)
             while self.epoch < self.config.epochs:
                 evaluation = self._train_epoch()
+                if self.epoch < self.config.epochs and distributed.any_rank(self._terminated):
+                    self._exit()
         return self.evaluate() if evaluation is None else evaluation
 
     @contextmanager
@@ -283,6 +287,11 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+    def _exit(self) -> NoReturn:
+        if self.rank == 0:
+            print(f"SIGTERM: saved at step {self.step} in {self.run / 'last'}", file=sys.stderr)
+        raise SystemExit(0)
 
     def _train_epoch(self) -> Evaluation:
         config, started, trained = self.config, time.perf_counter(), 0
@@ -315,12 +324,11 @@ class Trainer:
                 self._save()
             if stop:
                 batches.close()
-                if self.rank == 0:
-                    print(f"SIGTERM: saved at step {self.step} in {self.run / 'last'}", file=sys.stderr)
-                raise SystemExit(0)
+                self._exit()
         seconds = time.perf_counter() - started
         means = {name: (total / self.batch).tolist() for name, total in self._sums.items()}
         self._check_finite({name: mean for name, mean in means.items() if name != "rates"})
+        self._save()  # the evaluation may take longer than what SIGTERM leaves
         started = time.perf_counter()
         evaluation = self.evaluate()
         tested = evaluation.samples / (time.perf_counter() - started)
@@ -483,15 +491,18 @@ class Trainer:
             raise ValueError(f"resume: expected one checkpoint for all ranks, got {', '.join(read)}")
 
 
-def _cut_log(log: BinaryIO, step: int) -> None:
-    """Drop the lines of later steps, which will be written again, and what a kill left of a line, and stand there.
+def _cut_log(log: BinaryIO, step: int, epoch: int) -> None:
+    """Drop what will be written again, the lines after that step and epoch, and what a kill left of a line.
 
-    In place, so that no line can be lost.
+    The log then stands at its end. In place, so that no line can be lost.
     """
     end = 0
     try:
         for line in log:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            if not line.endswith(b"\n"):
+                break
+            values = json.loads(line)
+            if values["step"] > step or values["epoch"] > epoch:
                 break
             end += len(line)
     except (ValueError, KeyError, TypeError) as e:

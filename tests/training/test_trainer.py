@@ -632,8 +632,48 @@ def test_resume_after_an_interruption(straight, tmp_path, step):
 def test_resume_after_an_interruption_of_the_evaluation(straight, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path, test_loader=stop_before(1)).fit()
-    assert load_state(tmp_path / "last")["step"] == 3
+    assert load_state(tmp_path / "last")["step"] == STEPS
     make_trainer(tmp_path).fit(resume=True)
+    assert_same_run(straight[0], tmp_path)
+
+
+def test_resume_after_an_interruption_between_an_epochs_line_and_its_checkpoint(straight, monkeypatch, tmp_path):
+    save, saved = trainer_module.save_checkpoint, []
+
+    def interrupted(*args, **kwargs):
+        saved.append(args)
+        if len(saved) == 3:  # after step 3, at the end of the epoch, and after its evaluation
+            raise KeyboardInterrupt
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path).fit()
+    assert log_of(tmp_path)[-1]["kind"] == "epoch"
+    monkeypatch.undo()
+    make_trainer(tmp_path).fit(resume=True)
+    assert log_of(tmp_path) == log_of(straight[0])
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_sigterm_during_an_evaluation(straight, capsys, tmp_path, epoch):
+    def terminate(k):
+        evaluations.append(k)
+        if len(evaluations) == 3 * epoch - 1:  # the second of three test batches
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    evaluations, steps = [], []
+    trainer = make_trainer(tmp_path, loader=hooked(steps.append), test_loader=hooked(terminate))
+    if epoch == 1:
+        with pytest.raises(SystemExit) as stopped:
+            trainer.fit()
+        assert stopped.value.code == 0
+        assert "SIGTERM: saved at step 4 in" in capsys.readouterr().err
+        assert load_state(tmp_path / "last")["epoch"] == 1
+        make_trainer(tmp_path).fit(resume=True)
+    else:
+        trainer.fit()
+    assert len(steps) == epoch * STEPS
     assert_same_run(straight[0], tmp_path)
 
 
