@@ -306,15 +306,18 @@ class Trainer:
             initial=self.batch,
             disable=None if self.rank == 0 else True,
         )
+        recent: list[Tensor] = []  # [T] each: the terms of the steps that were not checked yet
         for x, labels in batches:
             terms = self._train_step(x.to(self.device), labels.to(self.device))
             self.batch, self.step, trained = self.batch + 1, self.step + 1, trained + len(labels) * self.ranks
+            recent.append(torch.stack([*terms.values()]))
             stop = distributed.any_rank(self._terminated)
             log = self.step % config.log_every == 0
-            save = stop or (self.step % config.checkpoint_every == 0 and self.batch < len(self.train_loader))
-            if log or save:
-                values = {name: term.item() for name, term in terms.items()}
-                self._check_finite(values)
+            end = self.batch == len(self.train_loader)
+            save = stop or (self.step % config.checkpoint_every == 0 and not end)
+            if log or save or end:
+                values = self._checked_terms([*terms], recent)
+                recent.clear()
             if log:
                 speed = trained / (time.perf_counter() - started)
                 shown = {**values, "images/s": speed, "GMAC/s": speed * self._macs / 1e9}
@@ -327,12 +330,11 @@ class Trainer:
                 self._exit()
         seconds = time.perf_counter() - started
         means = {name: (total / self.batch).tolist() for name, total in self._sums.items()}
-        self._check_finite({name: mean for name, mean in means.items() if name != "rates"})
         self._save()  # the evaluation may take longer than what SIGTERM leaves
         started = time.perf_counter()
         evaluation = self.evaluate()
         tested = evaluation.samples / (time.perf_counter() - started)
-        self._check_finite({"test loss": evaluation.loss})
+        self._check_finite({"test loss": evaluation.loss}, self.step)
         self.throughput = {
             "images_per_second": trained / seconds,
             "macs_per_second": trained / seconds * self._macs,
@@ -404,12 +406,20 @@ class Trainer:
         accuracy = (output.stage_logits[-1].argmax(1) == labels).float().mean()
         return {**terms, "accuracy": accuracy, "rates": rates}
 
-    def _check_finite(self, values: dict[str, float]) -> None:
+    def _checked_terms(self, names: list[str], recent: list[Tensor]) -> dict[str, float]:
+        """The terms of the last step, after a check of those of every recent step: the first one to fail says why."""
+        steps = [dict(zip(names, terms, strict=True)) for terms in torch.stack(recent).tolist()]
+        for step, values in enumerate(steps, self.step - len(steps) + 1):
+            self._check_finite(values, step)
         # The weights too: the gradient of a finite loss may not be finite.
         weights = nn.utils.get_total_norm(p.detach() for p in self.model.parameters()).item()
-        for name, value in {**values, "norm of the weights": weights}.items():
+        self._check_finite({"norm of the weights": weights}, self.step)
+        return steps[-1]
+
+    def _check_finite(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name}: {value} by step {self.step}; the checkpoint before it stays")
+                raise FloatingPointError(f"{name}: {value} by step {step}; the checkpoint before it stays")
 
     def _write(self, kind: str, step: int, **values: Any) -> None:
         if self.rank:

@@ -887,16 +887,17 @@ def test_term_that_is_not_finite(monkeypatch, tmp_path, function, name, value):
     assert_stays_at(tmp_path, 4)
 
 
-@pytest.mark.parametrize(("log_every", "checkpoint_every", "seen"), [(7, 100, 7), (100, 7, 7), (100, 100, 8)])
-def test_not_finite_between_two_looks(monkeypatch, tmp_path, log_every, checkpoint_every, seen):
-    term, calls = losses.classification_loss, []
+@pytest.mark.parametrize(("log_every", "checkpoint_every"), [(8, 100), (100, 8), (7, 100), (100, 7), (100, 100)])
+def test_not_finite_between_two_looks(monkeypatch, tmp_path, log_every, checkpoint_every):
+    """One step later every term is NaN: the first step tells which one began."""
+    term, calls = losses.evolution_loss_within, []
 
     def broken(*args):
         calls.append(args)
-        return term(*args) * (math.nan if len(calls) == 6 else 1)
+        return term(*args) * (math.inf if len(calls) == 6 else 1)
 
-    monkeypatch.setattr(losses, "classification_loss", broken)
-    with pytest.raises(FloatingPointError, match=f"^cls: nan by step {seen}"):
+    monkeypatch.setattr(losses, "evolution_loss_within", broken)
+    with pytest.raises(FloatingPointError, match="^evo: inf by step 6"):
         make_trainer(tmp_path, log_every=log_every, checkpoint_every=checkpoint_every).fit()
     assert_stays_at(tmp_path, 4)
 
