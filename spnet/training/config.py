@@ -123,7 +123,7 @@ class TrainConfig:
 
     def differences(self, other: TrainConfig) -> list[str]:
         """Settings, by name, that would make a resumed run another run."""
-        free = {"out", "data_root", "workers"}
+        free = {"out", "data_root", "workers", "init"}
         a, b = dataclasses.asdict(self), dataclasses.asdict(other)
         return [f"{name}: {a[name]!r} is not {b[name]!r}" for name in a if name not in free and a[name] != b[name]]
 

@@ -184,7 +184,7 @@ class Trainer:
                 f"{config.model} does not have, got 'across'"
             )
         self.model.data = {"class_names": list(t.class_names), "mean": list(t.mean), "std": list(t.std)}
-        if config.init is not None:
+        if config.init is not None and not self._begun():
             load_static_weights(self.model, config.init)
         self.model.to(self.device, memory_format=torch.channels_last)
         size = (t.in_channels, t.input_size, t.input_size)
@@ -245,11 +245,9 @@ class Trainer:
             OSError: a full disk, say; the last checkpoint stays.
             SystemExit: of code 0, after SIGTERM to any rank.
         """
-        # Rank 0 decides for all: on a file server the ranks may see the folder as it was at different moments.
-        resume, used = distributed.gather_over_ranks((resume, (self.run / "last").exists()))[0]
-        if resume:
+        if distributed.gather_over_ranks(resume)[0]:
             self._resume()
-        elif used:
+        elif self._begun():
             raise FileExistsError(f"out: {self.run} holds a run already; resume it or name another folder")
         evaluation, restarted = None, distributed.restarted()
         with ExitStack() as stack:
@@ -271,6 +269,11 @@ class Trainer:
                 if self.epoch < self.config.epochs and distributed.any_rank(self._terminated):
                     self._exit()
         return self.evaluate() if evaluation is None else evaluation
+
+    def _begun(self) -> bool:
+        """Whether there is a checkpoint, so that a run can only go on."""
+        # Rank 0 decides for all: on a file server the ranks may see the folder as it was at different moments.
+        return distributed.gather_over_ranks((self.run / "last").exists())[0]
 
     @contextmanager
     def _stopping_on_sigterm(self) -> Iterator[None]:

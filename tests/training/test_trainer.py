@@ -496,6 +496,10 @@ def test_static_network_and_a_start_from_it(tmp_path):
     torch.testing.assert_close(logits, static(x))
     assert paths.dense_macs > evaluation.dense_macs
     routed.fit()
+    # Whoever goes on needs the initial weights no longer, where they were or anywhere.
+    (tmp_path / "static").rename(tmp_path / "elsewhere")
+    make_trainer(tmp_path / "routed", init=str(tmp_path / "static" / "last")).fit(resume=True)
+    make_trainer(tmp_path / "routed", init=str(tmp_path / "elsewhere" / "last")).fit(resume=True)
 
 
 def test_start_from_another_network(tmp_path):
