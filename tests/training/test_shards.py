@@ -134,6 +134,8 @@ def test_which_shards(tmp_path, folder):
         found = "none named" if root is None else f"no shards for 'test' in {root}"
         with pytest.raises(FileNotFoundError, match=f"data_root: {found}.* 'val' or 'test'"):
             find_shards(root, "test")
+    names = [f"train-{k:04}" for k in range(40)]  # together longer than a file's name may be
+    assert find_shards(f"{tmp_path}/{{{','.join(names)}}}.tar", "train") == [f"{tmp_path}/{name}.tar" for name in names]
     with pytest.raises(FileNotFoundError, match="'train' but not 'val' or 'test' .inside of another word either"):
         find_shards("/a/latest-train-{0..1}.tar", "train")
 
@@ -176,7 +178,7 @@ def test_bad_shards_are_left_out_and_counted_or_an_error(folder, capsys, cut):
         index_shards(urls, "ignore")
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "shorter"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "shorter", "one short"])
 def test_shard_that_is_bad_later(folder, capsys, how):
     loaders = {name: loader(folder, batch_size=9, bad_shards=name) for name in ("skip", "raise")}
     test, path = loader(folder, "test", 9), folder / "train-1.tar"
@@ -185,7 +187,7 @@ def test_shard_that_is_bad_later(folder, capsys, how):
     elif how == "truncated":
         path.write_bytes(path.read_bytes()[:3000])
     else:
-        write_shard(path, [5, 6])
+        write_shard(path, [5, 6] if how == "shorter" else range(5, 11))
     (order,) = [flat(labels(loaders["skip"].epoch(0)))]
     assert len(order) == 27
     assert set(order) >= set(range(27)) - set(range(5, 12))
