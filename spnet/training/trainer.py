@@ -469,7 +469,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "auxiliary": None if self.auxiliary is None else self.auxiliary.state_dict(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         save_checkpoint(self.run, self.model, state, best=best)
 
@@ -491,8 +491,8 @@ class Trainer:
             self._decisions = state["decisions"]
             self._sums = {name: total.to(self.device) for name, total in state["sums"].items()}
             torch.set_rng_state(state["rng"])
-            if state["cuda_rng"]:
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            if state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"resume: {last} is no checkpoint of this run ({e!r})") from e
         if num_images != self.train_loader.num_images:  # every epoch would have another order and length

@@ -20,6 +20,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
 
 import spnet
 from spnet.models.files import WEIGHTS
@@ -702,6 +703,23 @@ def test_resume_after_sigkill(straight, tmp_path):
         log.write('{"kind": "step", "step": 8, "epoch": 1}\n{"kind": "st')
     assert make_trainer(run).fit(resume=True) == straight[1]
     assert_same_run(straight[0], run)
+
+
+def test_random_state_is_that_of_the_runs_own_gpu(straight, monkeypatch, tmp_path):
+    """So that a host with fewer of them can go on."""
+    states = {torch.device("cuda", 1): torch.tensor([7], dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    for name in ("get_rng_state_all", "set_rng_state_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("of all GPUs"))
+    trainer = make_trainer(copy_of(straight[0], tmp_path / "run"))
+    trainer._resume()
+    trainer.device, trainer._board = torch.device("cuda", 1), SummaryWriter(tmp_path / "board")
+    trainer._save()
+    trainer.device = torch.device("cuda", 0)
+    trainer._resume()
+    trainer._board.close()
+    assert states[torch.device("cuda", 0)] == 7
 
 
 def test_interrupted_before_the_first_checkpoint(straight, tmp_path):
