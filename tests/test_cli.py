@@ -133,6 +133,14 @@ def test_errors_are_one_line(tmp_path):
     assert "'final', 'equal'" in fail("train", "--pairing", "first")
 
 
+@pytest.mark.parametrize("option", [("--impl", "walk"), ("--threshold", "3")])
+def test_static_network_is_executed_in_one_way(tmp_path, data, option):
+    spnet.save_model(spnet.create_model("resnet20_cifar", in_channels=1, routed=False), tmp_path / "net")
+    evaluation = ("eval", str(tmp_path / "net"), "--data-root", data)
+    assert "32 samples: accuracy" in run(*evaluation)
+    assert "are for a routed network, and" in fail(*evaluation, *option)
+
+
 @pytest.mark.parametrize("command", ["eval", "paths"])
 def test_data_of_other_classes(tmp_path, data, command):
     """Labels 0 to 9 are also of the first classes of a network of 100."""
@@ -179,4 +187,8 @@ def test_device_that_is_not_there_is_one_line(tmp_path, data):
     train = ("train", "--data", "fashion-mnist", "--data-root", data, "--model", "resnet20_cifar", "--batch-size", "32")
     for device in ("tpu", "meta", f"cuda:{torch.cuda.device_count()}"):
         assert f"device: cannot use '{device}' here" in fail(*train, "--out", str(tmp_path / "run"), "--device", device)
+        for command in ("eval", "paths"):
+            assert f"device: cannot use '{device}' here" in fail(
+                command, "fashion-mnist", "--data-root", data, "--device", device
+            )
     assert not (tmp_path / "run").exists()

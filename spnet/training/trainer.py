@@ -133,7 +133,7 @@ class Trainer:
     and ``test_images_per_second`` and ``test_macs_per_second``, those that the paths of the test images execute.
     With routers its ``test`` has ``churn``, the fraction of the test samples' decisions that flipped since the epoch
     before (:func:`spnet.analysis.stability.path_churn`; None for the first, and where the set has changed its size).
-    With shards there is ``bad_shards``, how many could not be read so far, on all ranks.
+    With shards there is ``bad_shards``, how often one could not be read since the start of the process, on all ranks.
 
     In a job of several ranks (:func:`spnet.training.distributed.job`) each trains on its part of every batch, all hold
     the same weights, auxiliary module and statistics after every step, and rank 0 writes; ``config.out`` must be one

@@ -261,9 +261,14 @@ def test_training_from_shards_by_the_command(tmp_path):
     assert '"step": 2' in log
     assert '"bad_shards": 1' in log
     best = str(tmp_path / "run" / "best")
-    assert "3 samples: accuracy" in run("eval", best, "--data", "webdataset", "--data-root", str(tmp_path))
+    data = ("--data", "webdataset", "--data-root", str(tmp_path), "--workers", "0")
+    assert "3 samples: accuracy" in run("eval", best, *data, "--device", "cpu")
+    (tmp_path / "val" / "1.tar").write_bytes(b"")
+    assert "3 samples: accuracy" in run("eval", best, *data)
+    assert "1 of 2 shards cannot be read" in fail("eval", best, *data, "--bad-shards", "raise")
+    (tmp_path / "val" / "1.tar").unlink()
     drawn = ("--limit", "2", "--out", str(tmp_path / "paths"))
-    text = run("paths", best, "--data", "webdataset", "--data-root", str(tmp_path), *drawn)
+    text = run("paths", best, *data, *drawn)
     assert text.startswith("2 samples")
     assert (tmp_path / "paths" / "images.png").exists()
     run("report", str(tmp_path / "run"))
