@@ -182,8 +182,9 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> None:
         return
     flat = torch.cat([t.flatten().float() for t in tensors])
     dist.all_reduce(flat)
-    for tensor, mean in zip(tensors, (flat / world_size()).split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    means = (flat / world_size()).split([t.numel() for t in tensors])
+    # One kernel for many tensors, where a copy each was one for every buffer.
+    torch._foreach_copy_(list(tensors), [mean.view_as(t) for mean, t in zip(means, tensors, strict=True)])
 
 
 def data_parallel(model: nn.Module, x: Tensor) -> nn.Module:

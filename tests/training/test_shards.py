@@ -282,6 +282,7 @@ def test_transform():
     image = Image.linear_gradient("L").convert("RGB").resize((64, 32))
     test = image_transform(False, 28)(image)
     assert test.shape == (3, 28, 28)
+    assert test.is_contiguous()
     # The centre 28 x 28 of 64 x 32, one pixel to a pixel.
     expected = image.crop((18, 2, 46, 30))
     mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
