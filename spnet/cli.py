@@ -23,8 +23,9 @@ from spnet.models.hub import model_card
 from spnet.routing import routed_blocks
 from spnet.training import TrainConfig, Trainer, distributed, evaluate
 from spnet.training.config import PRESETS
-from spnet.training.data import DATASETS, FolderLoader, Loader, make_loader
+from spnet.training.data import DATASETS, FolderLoader, Loader, ShardLoader, check_data, make_loader
 from spnet.training.report import FirstImages, easiest_and_hardest, read_images, write_report
+from spnet.training.shards import BAD_SHARDS
 
 
 class _Group(click.Group):
@@ -60,17 +61,22 @@ def _load(folder: str) -> spnet.SPNet:
     return spnet.load_pretrained(folder)
 
 
-def _test_loader(network: spnet.SPNet, data: str, root: str | None, batch_size: int) -> Loader | FolderLoader:
-    loader = make_loader(data, "test", root=root, batch_size=batch_size, image_size=network.input_size)
-    if loader.num_classes != network.num_classes:  # the labels of fewer classes would pass for the network's first ones
-        raise ValueError(
-            f"data: expected the network's {network.num_classes} classes, got {loader.num_classes} in {data}"
-        )
-    return loader
+def _load_with_data(
+    model: str, device: str, data: str, data_root: str | None, **settings
+) -> tuple[spnet.SPNet, Loader | FolderLoader | ShardLoader]:
+    """The network and the loader of the test set that `_data_options` name."""
+    network = _load(model).to(distributed.usable_device(device))
+    settings |= dict(root=data_root, device=device, image_size=network.input_size)
+    loader = make_loader(data, "test", **settings)
+    check_data(network, loader, data)
+    return network, loader
 
 
 def _data_options(command):
     for option in (
+        click.option("--device", default="cpu", help="Where the network runs."),
+        click.option("--bad-shards", type=click.Choice(BAD_SHARDS), default="skip", help=_about("bad_shards")),
+        click.option("--workers", type=click.IntRange(0), default=4, help=_about("workers")),
         click.option("--batch-size", type=click.IntRange(1), default=250),
         click.option("--data-root", help="Folder of the data set; default: the usual places."),
         click.option("--data", type=click.Choice(DATASETS), default="fashion-mnist"),
@@ -112,6 +118,10 @@ def _config_options(command):
             option = click.option(name, type=click.Choice(chosen) if chosen else kind, metavar=metavar, **told)
         command = option(command)
     return command
+
+
+def _about(setting: str) -> str:
+    return TrainConfig.__dataclass_fields__[setting].metadata["about"]
 
 
 def _values(field: dataclasses.Field) -> str:
@@ -170,9 +180,10 @@ def train(preset: str | None, file: str | None, resume: bool, **settings) -> Non
     else:
         config = TrainConfig.preset(preset or "cifar", **settings)
     with distributed.job(config.device):
-        # After a rank's death torchrun starts all of them again, by the same command.
-        restarted = distributed.restarted()
-        resume = resume or (restarted and (Path(config.out) / "last").exists())
+        # After a rank's death torchrun starts all of them again, by the same command. A run that the first attempt
+        # found in the folder, and refused to overwrite, is not the one to go on with.
+        out = Path(config.out)
+        resume = resume or (distributed.restarted() and distributed.noted_job(out) and (out / "last").exists())
         trainer = Trainer(config)
         result = trainer.fit(resume=resume)
         if distributed.rank() == 0:
@@ -200,16 +211,17 @@ def _describe_throughput(
 @_data_options
 @click.option("--impl", type=click.Choice(["auto", *IMPLEMENTATIONS]), default="auto")
 @click.option("--threshold", type=float, default=0.0, help="Execute a block where z_execute - z_skip is above it.")
-def evaluate_(model: str, data: str, data_root: str | None, batch_size: int, impl: str, threshold: float) -> None:
+def evaluate_(model: str, impl: str, threshold: float, device: str, **test_set) -> None:
     """Accuracy and cost of MODEL (a folder written by training, or a bundled network) on a test set.
 
     \b
     Example:
       spnet eval fashion-mnist --data fashion-mnist
     """
-    network = _load(model)
-    loader = _test_loader(network, data, data_root, batch_size)
-    click.echo(_describe(evaluate(network, loader, impl=impl, threshold=threshold)))
+    network, loader = _load_with_data(model, device, **test_set)
+    if not routed_blocks(network) and (impl != "auto" or threshold):
+        raise click.UsageError(f"--impl and --threshold are for a routed network, and {model} is static")
+    click.echo(_describe(evaluate(network, loader, impl=impl, threshold=threshold, device=device)))
 
 
 @main.command()
@@ -218,9 +230,7 @@ def evaluate_(model: str, data: str, data_root: str | None, batch_size: int, imp
 @click.option("--limit", type=click.IntRange(1), help="Only so many images.")
 @click.option("--out", type=click.Path(path_type=Path), default="paths", help="Folder for the pictures.")
 @click.option("--card", type=click.Path(path_type=Path), help="Also write a model card with the statistics.")
-def paths(
-    model: str, data: str, data_root: str | None, batch_size: int, limit: int | None, out: Path, card: Path | None
-) -> None:
+def paths(model: str, limit: int | None, out: Path, card: Path | None, device: str, **test_set) -> None:
     """Statistics and pictures of the paths that test images take through MODEL.
 
     \b
@@ -228,8 +238,7 @@ def paths(
       spnet paths fashion-mnist --limit 1000 --out paths
       spnet paths runs/spnet/best --data cifar10 --card runs/spnet/best/README.md
     """
-    network = _load(model)
-    loader = _test_loader(network, data, data_root, batch_size)
+    network, loader = _load_with_data(model, device, **test_set)
     stats = spnet.paths(network, FirstImages(loader, limit))
     click.echo(stats)
     if card is not None:

@@ -133,12 +133,40 @@ def test_errors_are_one_line(tmp_path):
     assert "'final', 'equal'" in fail("train", "--pairing", "first")
 
 
+@pytest.mark.parametrize("option", [("--impl", "walk"), ("--threshold", "3")])
+def test_static_network_is_executed_in_one_way(tmp_path, data, option):
+    spnet.save_model(spnet.create_model("resnet20_cifar", in_channels=1, routed=False), tmp_path / "net")
+    evaluation = ("eval", str(tmp_path / "net"), "--data-root", data)
+    assert "32 samples: accuracy" in run(*evaluation)
+    assert "are for a routed network, and" in fail(*evaluation, *option)
+
+
 @pytest.mark.parametrize("command", ["eval", "paths"])
 def test_data_of_other_classes(tmp_path, data, command):
     """Labels 0 to 9 are also of the first classes of a network of 100."""
     spnet.save_model(spnet.create_model("resnet20_cifar", in_channels=1, num_classes=100), tmp_path / "net")
     text = fail(command, str(tmp_path / "net"), "--data-root", data)
     assert "data: expected the network's 100 classes, got 10 in fashion-mnist" in text
+
+
+@pytest.mark.parametrize("command", ["eval", "paths", "report"])
+@pytest.mark.parametrize(
+    ("name", "values", "says"),
+    [
+        ("class_names", [*"abcdefghij"], "class 0 'a' of the network, got 'T-shirt/top' in fashion-mnist"),
+        ("mean", [0.5], r"the network's mean [0.5], got [0.286041] in fashion-mnist"),
+        ("std", [0.5], r"the network's std [0.5], got [0.353024] in fashion-mnist"),
+    ],
+)
+def test_data_of_other_names_or_normalisation(tmp_path, data, command, name, values, says):
+    """As many classes, and pixels of the same shape, are not yet the data that the network knows."""
+    network = spnet.load_pretrained("fashion-mnist")
+    network.data = {**network.data, name: values}
+    spnet.save_model(network, tmp_path / "best")
+    TrainConfig(data="fashion-mnist", data_root=data).save(tmp_path / "config.json")
+    (tmp_path / "log.jsonl").write_text('{"kind": "epoch", "step": 1}\n')
+    place = [str(tmp_path)] if command == "report" else [str(tmp_path / "best"), "--data", "fashion-mnist"]
+    assert f"data: expected {says}" in fail(command, *place, "--data-root", data)
 
 
 def test_files_and_folders_in_the_way_are_one_line(tmp_path, data):
@@ -159,4 +187,8 @@ def test_device_that_is_not_there_is_one_line(tmp_path, data):
     train = ("train", "--data", "fashion-mnist", "--data-root", data, "--model", "resnet20_cifar", "--batch-size", "32")
     for device in ("tpu", "meta", f"cuda:{torch.cuda.device_count()}"):
         assert f"device: cannot use '{device}' here" in fail(*train, "--out", str(tmp_path / "run"), "--device", device)
+        for command in ("eval", "paths"):
+            assert f"device: cannot use '{device}' here" in fail(
+                command, "fashion-mnist", "--data-root", data, "--device", device
+            )
     assert not (tmp_path / "run").exists()

@@ -119,11 +119,11 @@ def load_model(folder: str | Path) -> SPNet:
 
 
 def load_static_weights(model: SPNet, path: str | Path) -> None:
-    """Start a routed network from the weights of a static one of the same depth; the routers stay as they are.
+    """Start a routed network from the weights of one of the same depth; of a static one, its routers stay as they are.
 
     Args:
         model: changed in place.
-        path: model folder or safetensors file of the static network.
+        path: model folder or safetensors file of the other network; where it has routers, they are taken too.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -131,9 +131,10 @@ def load_static_weights(model: SPNet, path: str | Path) -> None:
     """
     weights = load_weights(path)
     own = model.state_dict()
-    static = {name for name in own if ".router." not in name}
-    wrong = sorted(static ^ weights.keys() - (own.keys() - static))
-    wrong += [n for n in static & weights.keys() if weights[n].shape != own[n].shape]
+    routed = any(".router." in name for name in weights)
+    expected = {name for name in own if routed or ".router." not in name}
+    wrong = sorted(expected ^ weights.keys())
+    wrong += [n for n in expected & weights.keys() if weights[n].shape != own[n].shape]
     if wrong:
         raise ValueError(f"path: {path} holds another network: {len(wrong)} keys differ, such as {wrong[0]!r}")
-    model.load_state_dict({**own, **{n: weights[n] for n in static}})
+    model.load_state_dict({**own, **weights})

@@ -36,7 +36,7 @@ class TrainConfig:
     data_root: str | None = _setting(None, "Folder of the data set, or pattern of shards; else the usual places.")
     out: str = _setting("runs/spnet", "Folder of logs and checkpoints.")
     static: bool = _setting(False, "The static network: no routers, cross-entropy of the heads only.")
-    init: str | None = _setting(None, "Model folder or safetensors file of a static network to start from.")
+    init: str | None = _setting(None, "Model folder or safetensors file of a network to start from.")
     epochs: int = _setting(350, "Times that every training image is seen.")
     batch_size: int = _setting(128, "Images per step, of all ranks and micro-batches together.")
     lr: float = _setting(0.1, "Learning rate of SGD at the start.")
@@ -123,7 +123,7 @@ class TrainConfig:
 
     def differences(self, other: TrainConfig) -> list[str]:
         """Settings, by name, that would make a resumed run another run."""
-        free = {"out", "data_root", "workers"}
+        free = {"out", "data_root", "workers", "init"}
         a, b = dataclasses.asdict(self), dataclasses.asdict(other)
         return [f"{name}: {a[name]!r} is not {b[name]!r}" for name in a if name not in free and a[name] != b[name]]
 

@@ -5,17 +5,29 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
+from spnet.models.resnet import SPNet
 from spnet.preprocessing import normalise
 from spnet.training.datasets import DATASETS, ImageSet, Split, load_dataset
 from spnet.training.folders import image_folder
 from spnet.training.loaders import FolderLoader, Loader
 from spnet.training.shards import ShardLoader, find_shards, index_shards
 
-__all__ = ["DATASETS", "FolderLoader", "ImageSet", "Loader", "ShardLoader", "load_dataset", "make_loader", "normalise"]
+__all__ = [
+    "DATASETS",
+    "FolderLoader",
+    "ImageSet",
+    "Loader",
+    "ShardLoader",
+    "check_data",
+    "load_dataset",
+    "make_loader",
+    "normalise",
+]
 
 
 def make_loader(
@@ -42,8 +54,8 @@ def make_loader(
         shard: (rank, number of ranks): yield only this rank's part of every batch.
 
     Returns:
-        A loader with `epoch(epoch, start)`, `len`, `num_classes`, `in_channels`, `class_names`, `mean`, `std`
-        and `input_size`.
+        A loader with `epoch(epoch, start)`, `len`, `num_images`, `num_classes`, `in_channels`, `class_names`, `mean`,
+        `std` and `input_size`.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: see `load_dataset`, `image_folder`, `index_shards` and the loaders.
@@ -61,3 +73,25 @@ def make_loader(
         loader.bad_shards += bad
         return loader
     return Loader(load_dataset(name, split, root), batch_size, **settings)
+
+
+def check_data(network: SPNet, loader: Loader | FolderLoader | ShardLoader, name: str) -> None:
+    """Check that a network can be tested on a data set, whose name is for the message.
+
+    Raises:
+        ValueError: the classes, or the mean and std that pixels are normalised by, are not those of the network (as
+            far as it records them).
+    """
+    if loader.num_classes != network.num_classes:  # the labels of fewer classes would pass for the network's first ones
+        raise ValueError(
+            f"data: expected the network's {network.num_classes} classes, got {loader.num_classes} in {name}"
+        )
+    if network.data is None:
+        return
+    classes = zip_longest(network.data["class_names"], loader.class_names)
+    for k, (own, other) in enumerate(classes):
+        if own != other:
+            raise ValueError(f"data: expected class {k} {own!r} of the network, got {other!r} in {name}")
+    for what, got in (("mean", loader.mean), ("std", loader.std)):
+        if network.data[what] != list(got):
+            raise ValueError(f"data: expected the network's {what} {network.data[what]}, got {list(got)} in {name}")

@@ -5,10 +5,13 @@ Without a job everything here is the identity, so that the trainer is one for bo
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -17,6 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
+
+from spnet.models.files import write_whole
+
+JOB = "job.txt"  # in a run's folder: by which torchrun processes, one per node, it was begun or resumed last
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -54,6 +61,28 @@ def _attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def note_job(run: Path) -> None:
+    """Write into a run's folder which job trains it, for :func:`noted_job`; nothing without torchrun."""
+    if dist.is_torchelastic_launched():
+        agents = sorted(set(gather_over_ranks(_agent())))
+        if rank() == 0:
+            write_whole(run / JOB, "\n".join(agents).encode())
+
+
+def noted_job(run: Path) -> bool:
+    """Whether an earlier attempt of this job trained the run."""
+    # One of its nodes is enough: after a restart others may be new.
+    agents = gather_over_ranks(_agent())
+    return (run / JOB).exists() and not set(agents).isdisjoint((run / JOB).read_text().splitlines())
+
+
+def _agent() -> str:
+    """The torchrun process that started this rank, unlike any other; --rdzv-id may be the same for all jobs."""
+    pid, boot = os.getppid(), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # from the boot to its start
+    return f"{boot} {pid} {ticks}"
+
+
 @contextmanager
 def job(device: str) -> Iterator[None]:
     """Be one rank of the job that torchrun started, or alone without it.
@@ -78,6 +107,7 @@ def job(device: str) -> Iterator[None]:
         )
     if cuda:
         torch.cuda.set_device(usable_device(f"cuda:{os.environ['LOCAL_RANK']}"))
+    clean = False
     try:
         # gloo on a GPU too: what is on the host (the wish to stop, sums of the evaluation) waits for no kernel there.
         store, rank, size = next(dist.rendezvous("env://"))
@@ -87,6 +117,10 @@ def job(device: str) -> Iterator[None]:
             store = dist.PrefixStore(f"attempt-{_attempt()}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
         yield
+        clean = True
+    except SystemExit as e:
+        clean = not e.code
+        raise
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or "gloo" in str(e).lower():
             cause = str(e).splitlines()[0].split(". ")[0]
@@ -96,8 +130,19 @@ def job(device: str) -> Iterator[None]:
             ) from e
         raise
     finally:
-        if in_job():
+        if cuda and in_job() and not clean:
+            # NCCL's end waits for the peers, who may wait for this rank: neither they nor torchrun would learn of it.
+            atexit.register(_exit_at_once)
+        elif in_job():
             dist.destroy_process_group()
+
+
+def _exit_at_once() -> None:
+    """End the process after its error was printed, before the interpreter destroys what is left of NCCL."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)
 
 
 def any_rank(wish: bool) -> bool:
@@ -137,8 +182,9 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> None:
         return
     flat = torch.cat([t.flatten().float() for t in tensors])
     dist.all_reduce(flat)
-    for tensor, mean in zip(tensors, (flat / world_size()).split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    means = (flat / world_size()).split([t.numel() for t in tensors])
+    # One kernel for many tensors, where a copy each was one for every buffer.
+    torch._foreach_copy_(list(tensors), [mean.view_as(t) for mean, t in zip(means, tensors, strict=True)])
 
 
 def data_parallel(model: nn.Module, x: Tensor) -> nn.Module:

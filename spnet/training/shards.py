@@ -66,7 +66,7 @@ def find_shards(root: str | Path | None, split: Split) -> list[str]:
         FileNotFoundError: no root, or none of its shards belongs to the split. ImportError: webdataset is missing.
     """
     check_split(split)
-    if root is not None and Path(root).is_dir():
+    if root is not None and os.path.isdir(root):  # Path.is_dir raises where a pattern is longer than a name may be
         urls = sorted(map(str, [*Path(root).glob("*.tar"), *Path(root).glob("*/*.tar")]))
     else:
         urls = [] if root is None else _webdataset().shardlists.expand_urls(str(root))
@@ -298,16 +298,15 @@ class ShardLoader(DecodingLoader):
                 continue
             # What a bad shard lacks comes from the next.
             for i in islice(cycle(own), turn % len(own), turn % len(own) + (len(own) if self._skip else 1)):
-                shard = self._shards[i]
-                positions = iter(range(self._first[i], self._first[i + 1]))
+                shard, count = self._shards[i], 0
                 try:
-                    for position, read in zip(positions, _read(shard.url), strict=False):
-                        yield place, Sample(position, *read)
-                        place += 1
+                    for read in islice(_read(shard.url), shard.samples):
+                        yield place, Sample(self._first[i] + count, *read)
+                        place, count = place + 1, count + 1
                         if place == end:
                             break
                     else:
-                        if next(positions, None) is not None:
+                        if count < shard.samples:
                             raise ValueError(f"fewer than the {shard.samples} samples that it had")
                 except _UNREADABLE as e:
                     if not self._skip:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -132,12 +132,12 @@ class Trainer:
     training executes (every block, skipped or not; twice as many backward as forward; the auxiliary module's forward),
     and ``test_images_per_second`` and ``test_macs_per_second``, those that the paths of the test images execute.
     With routers its ``test`` has ``churn``, the fraction of the test samples' decisions that flipped since the epoch
-    before (:func:`spnet.analysis.stability.path_churn`; None for the first). With shards there is ``bad_shards``, how
-    many could not be read so far, on all ranks.
+    before (:func:`spnet.analysis.stability.path_churn`; None for the first, and where the set has changed its size).
+    With shards there is ``bad_shards``, how often one could not be read since the start of the process, on all ranks.
 
     In a job of several ranks (:func:`spnet.training.distributed.job`) each trains on its part of every batch, all hold
     the same weights, auxiliary module and statistics after every step, and rank 0 writes; ``config.out`` must be one
-    folder for all of them.
+    folder for all of them. ``job.txt`` there notes the job, for its next attempt.
 
     Args:
         config: the settings.
@@ -184,7 +184,7 @@ class Trainer:
                 f"{config.model} does not have, got 'across'"
             )
         self.model.data = {"class_names": list(t.class_names), "mean": list(t.mean), "std": list(t.std)}
-        if config.init is not None:
+        if config.init is not None and not self._begun():
             load_static_weights(self.model, config.init)
         self.model.to(self.device, memory_format=torch.channels_last)
         size = (t.in_channels, t.input_size, t.input_size)
@@ -230,21 +230,24 @@ class Trainer:
         return evaluate(self.model, self.test_loader, impl=impl, device=self.device, sharded=True)
 
     def fit(self, *, resume: bool = False) -> Evaluation:
-        """Train to the last epoch and return the last evaluation. SIGTERM saves after the running step and exits.
+        """Train to the last epoch and return the last evaluation.
+
+        SIGTERM saves after the running step or evaluation and exits; before every evaluation there is a checkpoint.
 
         Args:
             resume: go on from ``out/last``, bit-identically on a CPU; False expects an unused folder.
 
         Raises:
             FileExistsError: the folder holds a run already and resume is False, or another process trains in it.
-            ValueError: resuming a run of other settings (names them), or a damaged checkpoint or log.
+            ValueError: resuming a run of other settings (names them) or of another number of training images, a
+                damaged checkpoint or log, or ranks that read several checkpoints.
             FloatingPointError: a loss term or the weights are not finite; the last checkpoint stays.
             OSError: a full disk, say; the last checkpoint stays.
             SystemExit: of code 0, after SIGTERM to any rank.
         """
-        if resume:
+        if distributed.gather_over_ranks(resume)[0]:
             self._resume()
-        elif (self.run / "last").exists():
+        elif self._begun():
             raise FileExistsError(f"out: {self.run} holds a run already; resume it or name another folder")
         evaluation, restarted = None, distributed.restarted()
         with ExitStack() as stack:
@@ -254,15 +257,23 @@ class Trainer:
                 self._log = stack.enter_context(open(self.run / "log.jsonl", "r+b" if resume else "ab"))
                 self._lock(wait=restarted)
                 if resume:
-                    _cut_log(self._log, self.step)
+                    _cut_log(self._log, self.step, self.epoch)
                 else:
                     self._log.truncate(0)
                 self.config.save(self.run / "config.json")
                 board = SummaryWriter(self.run / "tensorboard", purge_step=self.step + 1)
                 self._board = stack.enter_context(board)
+            distributed.note_job(self.run)
             while self.epoch < self.config.epochs:
                 evaluation = self._train_epoch()
+                if self.epoch < self.config.epochs and distributed.any_rank(self._terminated):
+                    self._exit()
         return self.evaluate() if evaluation is None else evaluation
+
+    def _begun(self) -> bool:
+        """Whether there is a checkpoint, so that a run can only go on."""
+        # Rank 0 decides for all: on a file server the ranks may see the folder as it was at different moments.
+        return distributed.gather_over_ranks((self.run / "last").exists())[0]
 
     @contextmanager
     def _stopping_on_sigterm(self) -> Iterator[None]:
@@ -280,6 +291,11 @@ class Trainer:
         finally:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
+    def _exit(self) -> NoReturn:
+        if self.rank == 0:
+            print(f"SIGTERM: saved at step {self.step} in {self.run / 'last'}", file=sys.stderr)
+        raise SystemExit(0)
+
     def _train_epoch(self) -> Evaluation:
         config, started, trained = self.config, time.perf_counter(), 0
         lr = config.lr * config.lr_decay ** sum(self.epoch >= m for m in config.milestones)
@@ -293,15 +309,18 @@ class Trainer:
             initial=self.batch,
             disable=None if self.rank == 0 else True,
         )
+        recent: list[Tensor] = []  # [T] each: the terms of the steps that were not checked yet
         for x, labels in batches:
             terms = self._train_step(x.to(self.device), labels.to(self.device))
             self.batch, self.step, trained = self.batch + 1, self.step + 1, trained + len(labels) * self.ranks
+            recent.append(torch.stack([*terms.values()]))
             stop = distributed.any_rank(self._terminated)
             log = self.step % config.log_every == 0
-            save = stop or (self.step % config.checkpoint_every == 0 and self.batch < len(self.train_loader))
-            if log or save:
-                values = {name: term.item() for name, term in terms.items()}
-                self._check_finite(values)
+            end = self.batch == len(self.train_loader)
+            save = stop or (self.step % config.checkpoint_every == 0 and not end)
+            if log or save or end:
+                values = self._checked_terms([*terms], recent)
+                recent.clear()
             if log:
                 speed = trained / (time.perf_counter() - started)
                 shown = {**values, "images/s": speed, "GMAC/s": speed * self._macs / 1e9}
@@ -311,16 +330,14 @@ class Trainer:
                 self._save()
             if stop:
                 batches.close()
-                if self.rank == 0:
-                    print(f"SIGTERM: saved at step {self.step} in {self.run / 'last'}", file=sys.stderr)
-                raise SystemExit(0)
+                self._exit()
         seconds = time.perf_counter() - started
         means = {name: (total / self.batch).tolist() for name, total in self._sums.items()}
-        self._check_finite({name: mean for name, mean in means.items() if name != "rates"})
+        self._save()  # the evaluation may take longer than what SIGTERM leaves
         started = time.perf_counter()
         evaluation = self.evaluate()
         tested = evaluation.samples / (time.perf_counter() - started)
-        self._check_finite({"test loss": evaluation.loss})
+        self._check_finite({"test loss": evaluation.loss}, self.step)
         self.throughput = {
             "images_per_second": trained / seconds,
             "macs_per_second": trained / seconds * self._macs,
@@ -330,7 +347,9 @@ class Trainer:
         test = asdict(evaluation)
         decisions, before = test.pop("decisions"), self._decisions
         if not config.static:
-            test["churn"] = None if before is None else path_churn(before, decisions)
+            # Since a resume the test set may have lost bad shards, or got them back.
+            same = before is not None and before.shape == decisions.shape
+            test["churn"] = path_churn(before, decisions) if same else None
         self.epoch, self.batch, self._sums, self._decisions = self.epoch + 1, 0, {}, decisions
         (bad,) = distributed.sum_over_ranks([self.train_loader.bad_shards + self.test_loader.bad_shards])
         self._write(
@@ -390,12 +409,20 @@ class Trainer:
         accuracy = (output.stage_logits[-1].argmax(1) == labels).float().mean()
         return {**terms, "accuracy": accuracy, "rates": rates}
 
-    def _check_finite(self, values: dict[str, float]) -> None:
+    def _checked_terms(self, names: list[str], recent: list[Tensor]) -> dict[str, float]:
+        """The terms of the last step, after a check of those of every recent step: the first one to fail says why."""
+        steps = [dict(zip(names, terms, strict=True)) for terms in torch.stack(recent).tolist()]
+        for step, values in enumerate(steps, self.step - len(steps) + 1):
+            self._check_finite(values, step)
         # The weights too: the gradient of a finite loss may not be finite.
         weights = nn.utils.get_total_norm(p.detach() for p in self.model.parameters()).item()
-        for name, value in {**values, "norm of the weights": weights}.items():
+        self._check_finite({"norm of the weights": weights}, self.step)
+        return steps[-1]
+
+    def _check_finite(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name}: {value} by step {self.step}; the checkpoint before it stays")
+                raise FloatingPointError(f"{name}: {value} by step {step}; the checkpoint before it stays")
 
     def _write(self, kind: str, step: int, **values: Any) -> None:
         if self.rank:
@@ -434,6 +461,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
+            "num_images": self.train_loader.num_images,
             "best_accuracy": self.best_accuracy,
             "sums": self._sums,
             "decisions": self._decisions,
@@ -441,7 +469,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "auxiliary": None if self.auxiliary is None else self.auxiliary.state_dict(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         save_checkpoint(self.run, self.model, state, best=best)
 
@@ -459,25 +487,35 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-            self.best_accuracy = state["best_accuracy"]
+            num_images, self.best_accuracy = state["num_images"], state["best_accuracy"]
             self._decisions = state["decisions"]
             self._sums = {name: total.to(self.device) for name, total in state["sums"].items()}
             torch.set_rng_state(state["rng"])
-            if state["cuda_rng"]:
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            if state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise ValueError(f"resume: {last} is no checkpoint of this run ({e!r})") from e
+        if num_images != self.train_loader.num_images:  # every epoch would have another order and length
+            raise ValueError(
+                f"resume: expected the {num_images} training images of {self.run}, got {self.train_loader.num_images}"
+            )
+        read = distributed.gather_over_ranks(f"{last.resolve().name} at step {self.step}")
+        if len(set(read)) > 1:
+            raise ValueError(f"resume: expected one checkpoint for all ranks, got {', '.join(read)}")
 
 
-def _cut_log(log: BinaryIO, step: int) -> None:
-    """Drop the lines of later steps, which will be written again, and what a kill left of a line, and stand there.
+def _cut_log(log: BinaryIO, step: int, epoch: int) -> None:
+    """Drop what will be written again, the lines after that step and epoch, and what a kill left of a line.
 
-    In place, so that no line can be lost.
+    The log then stands at its end. In place, so that no line can be lost.
     """
     end = 0
     try:
         for line in log:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            if not line.endswith(b"\n"):
+                break
+            values = json.loads(line)
+            if values["step"] > step or values["epoch"] > epoch:
                 break
             end += len(line)
     except (ValueError, KeyError, TypeError) as e:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import spnet
 from spnet import load_model, save_model
@@ -213,7 +214,8 @@ def test_static_weights(tmp_path, name, routed):
     before = {k: t.clone() for k, t in target.state_dict().items()}
     load_static_weights(target, tmp_path / WEIGHTS if routed else tmp_path)
     for key, t in target.state_dict().items():
-        assert torch.equal(t, before[key] if ".router." in key else source.state_dict()[key])
+        kept = ".router." in key and not routed
+        assert torch.equal(t, before[key] if kept else source.state_dict()[key])
 
 
 def test_static_weights_of_another_network(tmp_path):
@@ -229,6 +231,12 @@ def test_static_weights_of_another_network(tmp_path):
         save_model(other, tmp_path / str(i))
         with pytest.raises(ValueError, match=r"holds another network: \d+ keys differ, such as '"):
             load_static_weights(target, tmp_path / str(i))
+    routers = spnet.create_model("resnet20_cifar", in_channels=1).state_dict()
+    lost = next(name for name in routers if ".router." in name)
+    del routers[lost]
+    save_file(routers, tmp_path / "routers")
+    with pytest.raises(ValueError, match=f"holds another network: 1 keys differ, such as '{lost}'"):
+        load_static_weights(target, tmp_path / "routers")
     with pytest.raises(FileNotFoundError, match="no weights at"):
         load_static_weights(target, tmp_path / "nothing")
     (tmp_path / "0" / WEIGHTS).write_bytes(b"cut")

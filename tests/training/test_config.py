@@ -133,5 +133,5 @@ def test_missing_file(tmp_path):
 
 def test_differences_name_the_settings():
     c = TrainConfig()
-    assert c.differences(dataclasses.replace(c, out="elsewhere", data_root="there", workers=0)) == []
+    assert c.differences(dataclasses.replace(c, out="elsewhere", data_root="there", workers=0, init="that")) == []
     assert c.differences(dataclasses.replace(c, lr=0.2, seed=1)) == ["lr: 0.1 is not 0.2", "seed: 0 is not 1"]

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -109,7 +110,20 @@ def run_resumed(folder, rank):
     try:
         make_trainer(folder / "interrupted", loader=stop_before(7)).fit()
     except KeyboardInterrupt:
+        if rank == 0:
+            shutil.copytree(folder / "interrupted", folder / "behind", symlinks=True)
+        dist.barrier()
         make_trainer(folder / "interrupted").fit(resume=True)
+
+
+def run_divided(folder, rank):
+    """The ranks wish different things, then one of them sees an older checkpoint, as by a slow file server."""
+    evaluation = make_trainer(folder / "straight").fit(resume=rank == 0)
+    assert evaluation == make_trainer(folder / "straight").fit(resume=True)
+    try:
+        make_trainer(folder / ("behind" if rank == 1 else "straight")).fit(resume=True)
+    except ValueError as e:
+        (folder / f"divided-{rank}").write_text(str(e))
 
 
 def run_terminated(folder, rank):
@@ -227,6 +241,14 @@ def test_resume(ranks):
     assert_same_run(ranks / "straight", ranks / "interrupted")
 
 
+def test_ranks_that_read_several_checkpoints(ranks):
+    names = [(ranks / run / "last").resolve().name for run in ("straight", "behind", "straight")]
+    expected = ", ".join(f"{name} at step {step}" for name, step in zip(names, (8, 6, 8), strict=True))
+    for rank in range(RANKS):
+        got = (ranks / f"divided-{rank}").read_text()
+        assert got == f"resume: expected one checkpoint for all ranks, got {expected}"
+
+
 @pytest.mark.parametrize("step", [4, 5])
 def test_sigterm_to_one_rank_stops_all_at_the_same_step(ranks, step):
     for rank in range(RANKS):
@@ -264,11 +286,14 @@ def test_torchrun_restarts_and_resumes_after_the_death_of_a_rank(tmp_path):
     write_fashion_mnist(tmp_path, "train", 64)
     write_fashion_mnist(tmp_path, "test", 32)
     (tmp_path / "command.py").write_text(COMMAND)
-    command = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 command.py train --data-root ."
-    command += " --data fashion-mnist --model resnet20_cifar --batch-size 16 --epochs 1 --checkpoint-every 1 --out run"
-    done = subprocess.run(
-        [sys.executable, *command.split()], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+
+    def torchrun(ranks, command):
+        command = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --max-restarts 1 {command} train"
+        command += " --data-root . --data fashion-mnist --model resnet20_cifar --batch-size 16 --epochs 1"
+        command = [sys.executable, *command.split(), "--checkpoint-every", "1", "--out", "run"]
+        return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+    done = torchrun(2, "command.py")
     assert done.returncode == 0, done.stderr
     assert "Error: rank 0: lost another rank, whose own message says why; the last checkpoint stays" in done.stderr
     assert done.stdout.count("32 samples: accuracy") == 1
@@ -276,6 +301,57 @@ def test_torchrun_restarts_and_resumes_after_the_death_of_a_rank(tmp_path):
         assert (tmp_path / f"batches-0-{rank}").read_text().startswith("0 of 8\n1 of 8\n")
         assert (tmp_path / f"batches-1-{rank}").read_text() == "2 of 8\n3 of 8\n"
     assert load_state(tmp_path / "run" / "last")["step"] == 4
+    # The second attempt of another job is as little meant to go on with this run as the first.
+    done = torchrun(1, "-m spnet")
+    assert done.returncode == 1
+    assert done.stderr.count("Error: out: run holds a run already") == 2
+    assert "accuracy" not in done.stdout
+
+
+# A rank of a job on GPUs, with NCCL faked: to leave it hangs, by its own call and at the interpreter's exit.
+NCCL = """
+import atexit, sys, time
+import torch, torch.distributed as dist
+from spnet.training import distributed
+
+init, destroy = dist.init_process_group, dist.destroy_process_group
+dist.init_process_group = lambda backend, **kwargs: print(backend) or init("gloo", **kwargs)
+distributed.usable_device = torch.cuda.set_device = lambda device: device
+end = sys.argv[1]
+if end in ("return", "SystemExit(0)"):
+    dist.destroy_process_group = lambda: print("destroyed") or destroy()
+else:
+    dist.destroy_process_group = lambda: time.sleep(1000)
+    atexit.register(time.sleep, 1000)
+with distributed.job("cuda"):
+    print("joined")
+    if end != "return":
+        raise eval(end)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "says"),
+    [
+        ("return", 0, ""),
+        ("SystemExit(0)", 0, ""),
+        ("SystemExit('broken')", 1, "broken"),
+        ("ValueError('broken')", 1, "ValueError: broken"),
+        ("RuntimeError('gloo: broken')", 1, "ConnectionError: rank 0: lost another rank, whose own message says why"),
+    ],
+)
+def test_rank_on_a_gpu_that_fails_ends_at_once(end, code, says):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "a job"}
+    job |= {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    environment = ENVIRONMENT | {name: str(value) for name, value in job.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", NCCL, end], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout.split() == ["cpu:gloo,cuda:nccl", "joined", *([] if code else ["destroyed"])]
+    assert says in done.stderr
 
 
 def test_one_gpu_for_all_ranks(monkeypatch):
@@ -315,6 +391,7 @@ if __name__ == "__main__":  # one rank: folder, rank
     if importlib.util.find_spec("webdataset"):
         run_indexed(folder, rank)
     run_resumed(folder, rank)
+    run_divided(folder, rank)
     run_terminated(folder, rank)
     run_not_finite(folder, rank)
     dist.destroy_process_group()

@@ -134,6 +134,8 @@ def test_which_shards(tmp_path, folder):
         found = "none named" if root is None else f"no shards for 'test' in {root}"
         with pytest.raises(FileNotFoundError, match=f"data_root: {found}.* 'val' or 'test'"):
             find_shards(root, "test")
+    names = [f"train-{k:04}" for k in range(40)]  # together longer than a file's name may be
+    assert find_shards(f"{tmp_path}/{{{','.join(names)}}}.tar", "train") == [f"{tmp_path}/{name}.tar" for name in names]
     with pytest.raises(FileNotFoundError, match="'train' but not 'val' or 'test' .inside of another word either"):
         find_shards("/a/latest-train-{0..1}.tar", "train")
 
@@ -176,7 +178,7 @@ def test_bad_shards_are_left_out_and_counted_or_an_error(folder, capsys, cut):
         index_shards(urls, "ignore")
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "shorter"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "shorter", "one short"])
 def test_shard_that_is_bad_later(folder, capsys, how):
     loaders = {name: loader(folder, batch_size=9, bad_shards=name) for name in ("skip", "raise")}
     test, path = loader(folder, "test", 9), folder / "train-1.tar"
@@ -185,7 +187,7 @@ def test_shard_that_is_bad_later(folder, capsys, how):
     elif how == "truncated":
         path.write_bytes(path.read_bytes()[:3000])
     else:
-        write_shard(path, [5, 6])
+        write_shard(path, [5, 6] if how == "shorter" else range(5, 11))
     (order,) = [flat(labels(loaders["skip"].epoch(0)))]
     assert len(order) == 27
     assert set(order) >= set(range(27)) - set(range(5, 12))
@@ -259,9 +261,14 @@ def test_training_from_shards_by_the_command(tmp_path):
     assert '"step": 2' in log
     assert '"bad_shards": 1' in log
     best = str(tmp_path / "run" / "best")
-    assert "3 samples: accuracy" in run("eval", best, "--data", "webdataset", "--data-root", str(tmp_path))
+    data = ("--data", "webdataset", "--data-root", str(tmp_path), "--workers", "0")
+    assert "3 samples: accuracy" in run("eval", best, *data, "--device", "cpu")
+    (tmp_path / "val" / "1.tar").write_bytes(b"")
+    assert "3 samples: accuracy" in run("eval", best, *data)
+    assert "1 of 2 shards cannot be read" in fail("eval", best, *data, "--bad-shards", "raise")
+    (tmp_path / "val" / "1.tar").unlink()
     drawn = ("--limit", "2", "--out", str(tmp_path / "paths"))
-    text = run("paths", best, "--data", "webdataset", "--data-root", str(tmp_path), *drawn)
+    text = run("paths", best, *data, *drawn)
     assert text.startswith("2 samples")
     assert (tmp_path / "paths" / "images.png").exists()
     run("report", str(tmp_path / "run"))
@@ -275,6 +282,7 @@ def test_transform():
     image = Image.linear_gradient("L").convert("RGB").resize((64, 32))
     test = image_transform(False, 28)(image)
     assert test.shape == (3, 28, 28)
+    assert test.is_contiguous()
     # The centre 28 x 28 of 64 x 32, one pixel to a pixel.
     expected = image.crop((18, 2, 46, 30))
     mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))

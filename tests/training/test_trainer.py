@@ -20,6 +20,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
 
 import spnet
 from spnet.models.files import WEIGHTS
@@ -496,6 +497,10 @@ def test_static_network_and_a_start_from_it(tmp_path):
     torch.testing.assert_close(logits, static(x))
     assert paths.dense_macs > evaluation.dense_macs
     routed.fit()
+    # Whoever goes on needs the initial weights no longer, where they were or anywhere.
+    (tmp_path / "static").rename(tmp_path / "elsewhere")
+    make_trainer(tmp_path / "routed", init=str(tmp_path / "static" / "last")).fit(resume=True)
+    make_trainer(tmp_path / "routed", init=str(tmp_path / "elsewhere" / "last")).fit(resume=True)
 
 
 def test_start_from_another_network(tmp_path):
@@ -632,8 +637,48 @@ def test_resume_after_an_interruption(straight, tmp_path, step):
 def test_resume_after_an_interruption_of_the_evaluation(straight, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path, test_loader=stop_before(1)).fit()
-    assert load_state(tmp_path / "last")["step"] == 3
+    assert load_state(tmp_path / "last")["step"] == STEPS
     make_trainer(tmp_path).fit(resume=True)
+    assert_same_run(straight[0], tmp_path)
+
+
+def test_resume_after_an_interruption_between_an_epochs_line_and_its_checkpoint(straight, monkeypatch, tmp_path):
+    save, saved = trainer_module.save_checkpoint, []
+
+    def interrupted(*args, **kwargs):
+        saved.append(args)
+        if len(saved) == 3:  # after step 3, at the end of the epoch, and after its evaluation
+            raise KeyboardInterrupt
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path).fit()
+    assert log_of(tmp_path)[-1]["kind"] == "epoch"
+    monkeypatch.undo()
+    make_trainer(tmp_path).fit(resume=True)
+    assert log_of(tmp_path) == log_of(straight[0])
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_sigterm_during_an_evaluation(straight, capsys, tmp_path, epoch):
+    def terminate(k):
+        evaluations.append(k)
+        if len(evaluations) == 3 * epoch - 1:  # the second of three test batches
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    evaluations, steps = [], []
+    trainer = make_trainer(tmp_path, loader=hooked(steps.append), test_loader=hooked(terminate))
+    if epoch == 1:
+        with pytest.raises(SystemExit) as stopped:
+            trainer.fit()
+        assert stopped.value.code == 0
+        assert "SIGTERM: saved at step 4 in" in capsys.readouterr().err
+        assert load_state(tmp_path / "last")["epoch"] == 1
+        make_trainer(tmp_path).fit(resume=True)
+    else:
+        trainer.fit()
+    assert len(steps) == epoch * STEPS
     assert_same_run(straight[0], tmp_path)
 
 
@@ -658,6 +703,23 @@ def test_resume_after_sigkill(straight, tmp_path):
         log.write('{"kind": "step", "step": 8, "epoch": 1}\n{"kind": "st')
     assert make_trainer(run).fit(resume=True) == straight[1]
     assert_same_run(straight[0], run)
+
+
+def test_random_state_is_that_of_the_runs_own_gpu(straight, monkeypatch, tmp_path):
+    """So that a host with fewer of them can go on."""
+    states = {torch.device("cuda", 1): torch.tensor([7], dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    for name in ("get_rng_state_all", "set_rng_state_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("of all GPUs"))
+    trainer = make_trainer(copy_of(straight[0], tmp_path / "run"))
+    trainer._resume()
+    trainer.device, trainer._board = torch.device("cuda", 1), SummaryWriter(tmp_path / "board")
+    trainer._save()
+    trainer.device = torch.device("cuda", 0)
+    trainer._resume()
+    trainer._board.close()
+    assert states[torch.device("cuda", 0)] == 7
 
 
 def test_interrupted_before_the_first_checkpoint(straight, tmp_path):
@@ -704,6 +766,34 @@ def test_resume_where_folder_and_workers_changed(straight, tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     make_trainer(tmp_path / "b", data_root="elsewhere", workers=0).fit(resume=True)
     assert_same_run(straight[0], tmp_path / "b")
+
+
+def fewer(images):
+    """A loader of only so many of the images."""
+
+    def make(data, *args, **kwargs):
+        part = dataclasses.replace(data, images=data.images[:images], labels=data.labels[:images])
+        return Loader(part, *args, **kwargs)
+
+    return make
+
+
+def test_resume_with_another_test_set_has_no_churn(tmp_path):
+    """As after a shard of it went bad, or was repaired."""
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, epochs=3, loader=stop_before(5)).fit()
+    assert make_trainer(tmp_path, epochs=3, test_loader=fewer(20)).fit(resume=True).samples == 20
+    churn = [line["test"]["churn"] for line in log_of(tmp_path) if line["kind"] == "epoch"]
+    assert churn[:2] == [None, None]
+    assert churn[2] is not None
+
+
+def test_resume_with_another_number_of_training_images(straight, tmp_path):
+    run = copy_of(straight[0], tmp_path / "run")
+    before = log_of(run)
+    with pytest.raises(ValueError, match="^resume: expected the 32 training images of .*run, got 24"):
+        make_trainer(run, images=24).fit(resume=True)
+    assert log_of(run) == before
 
 
 class Bomb:
@@ -819,16 +909,17 @@ def test_term_that_is_not_finite(monkeypatch, tmp_path, function, name, value):
     assert_stays_at(tmp_path, 4)
 
 
-@pytest.mark.parametrize(("log_every", "checkpoint_every", "seen"), [(7, 100, 7), (100, 7, 7), (100, 100, 8)])
-def test_not_finite_between_two_looks(monkeypatch, tmp_path, log_every, checkpoint_every, seen):
-    term, calls = losses.classification_loss, []
+@pytest.mark.parametrize(("log_every", "checkpoint_every"), [(8, 100), (100, 8), (7, 100), (100, 7), (100, 100)])
+def test_not_finite_between_two_looks(monkeypatch, tmp_path, log_every, checkpoint_every):
+    """One step later every term is NaN: the first step tells which one began."""
+    term, calls = losses.evolution_loss_within, []
 
     def broken(*args):
         calls.append(args)
-        return term(*args) * (math.nan if len(calls) == 6 else 1)
+        return term(*args) * (math.inf if len(calls) == 6 else 1)
 
-    monkeypatch.setattr(losses, "classification_loss", broken)
-    with pytest.raises(FloatingPointError, match=f"^cls: nan by step {seen}"):
+    monkeypatch.setattr(losses, "evolution_loss_within", broken)
+    with pytest.raises(FloatingPointError, match="^evo: inf by step 6"):
         make_trainer(tmp_path, log_every=log_every, checkpoint_every=checkpoint_every).fit()
     assert_stays_at(tmp_path, 4)
 
