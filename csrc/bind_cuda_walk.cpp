@@ -1,20 +1,18 @@
 #include "bind_cuda_walk.h"
 
-#include <cstdint>
 #include <memory>
 #include <stdexcept>
 
+#include "bind_walk.h"
 #include "cpu/rows.h"
 #include "cuda/emulated_walk.h"
 #include "cuda/half.h"
-#include "cuda/walk_batch.h"
 #include "plan.h"
 #ifdef SPNET_CUDA_ARCHITECTURES
 #include "cuda/walk.h"
 #endif
 
 namespace py = pybind11;
-using Address = std::uintptr_t;
 
 namespace {
 
@@ -30,21 +28,6 @@ auto with_plan(Address ints, int64_t n_ints, Address floats, int64_t n_floats, D
   if (dtype == Dtype::float16) return make(plan, values, cuda::Float16());
   if (dtype == Dtype::bfloat16) return make(plan, values, cuda::BFloat16());
   throw std::invalid_argument("plan: dtype: expected float16 or bfloat16");
-}
-
-cuda::WalkBatch batch_of(Address x, int64_t size, int64_t stride_n, int64_t stride_c, int64_t stride_h,
-                         int64_t stride_w, Address paths, float threshold, Address logits,
-                         Address decisions) {
-  return {reinterpret_cast<const void*>(x),
-          size,
-          stride_n,
-          stride_c,
-          stride_h,
-          stride_w,
-          reinterpret_cast<const uint8_t*>(paths),
-          threshold,
-          reinterpret_cast<float*>(logits),
-          reinterpret_cast<uint8_t*>(decisions)};
 }
 
 struct EmulatedPlan {
@@ -76,8 +59,8 @@ void bind_emulated(py::module_& m) {
           [](const EmulatedPlan& plan, Address x, int64_t batch, int64_t stride_n, int64_t stride_c,
              int64_t stride_h, int64_t stride_w, Address paths, float threshold, Address logits,
              Address decisions, int thread_blocks) {
-            const cuda::WalkBatch work = batch_of(x, batch, stride_n, stride_c, stride_h, stride_w, paths,
-                                                  threshold, logits, decisions);
+            const spnet::WalkBatch work = batch_of(x, batch, stride_n, stride_c, stride_h, stride_w, paths,
+                                                   threshold, logits, decisions);
             const auto emulate = plan.dtype == Dtype::float16 ? cuda::emulate_walk<cuda::Float16>
                                                               : cuda::emulate_walk<cuda::BFloat16>;
             return emulate(plan.layout, work, thread_blocks);

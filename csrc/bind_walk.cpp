@@ -1,14 +1,11 @@
 #include "bind_walk.h"
 
-#include <cstdint>
-
 #include "cpu/speed.h"
 #include "cpu/walk.h"
 
 namespace py = pybind11;
 
 void bind_walk(py::module_& m) {
-  using Address = std::uintptr_t;
   namespace cpu = spnet::cpu;
   py::enum_<cpu::Precision>(m, "Precision")
       .value("float32", cpu::Precision::float32)
@@ -31,11 +28,9 @@ void bind_walk(py::module_& m) {
           [](const cpu::PackedPlan& plan, Address x, int64_t batch, int64_t stride_n, int64_t stride_c,
              int64_t stride_h, int64_t stride_w, Address paths, float threshold, Address logits,
              Address decisions, int threads, bool is_bfloat16) {
-            cpu::walk(plan,
-                      {reinterpret_cast<const void*>(x), is_bfloat16, batch, stride_n, stride_c, stride_h,
-                       stride_w, reinterpret_cast<const uint8_t*>(paths), threshold,
-                       reinterpret_cast<float*>(logits), reinterpret_cast<uint8_t*>(decisions)},
-                      threads);
+            const spnet::WalkBatch work = batch_of(x, batch, stride_n, stride_c, stride_h, stride_w, paths,
+                                                   threshold, logits, decisions);
+            cpu::walk(plan, work, is_bfloat16, threads);
           },
           "Logits (float32) [batch, classes] and decisions (uint8) [batch, blocks] of x (float32, or "
           "bfloat16 where the plan is); strides "

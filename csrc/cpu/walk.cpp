@@ -139,8 +139,8 @@ struct ConvPhase {
 // Some samples on their way through the blocks.
 class Walk {
  public:
-  Walk(const PackedPlan& plan, Workspace& workspace, Crew& crew, int64_t driver)
-      : plan_(plan), workspace_(workspace), crew_(crew), driver_(driver) {}
+  Walk(const PackedPlan& plan, bool is_bfloat16, Workspace& workspace, Crew& crew, int64_t driver)
+      : plan_(plan), is_bfloat16_(is_bfloat16), workspace_(workspace), crew_(crew), driver_(driver) {}
 
   void enter(const WalkBatch& batch, int64_t first, int64_t samples) {
     first_ = first;
@@ -257,12 +257,12 @@ class Walk {
         }
         for (int64_t c = 0; c < plan.in_channels; ++c) {
           const int64_t offset = first + c * batch.stride_c + y * batch.stride_h;
-          const void* from = static_cast<const char*>(batch.x) + offset * (batch.is_bfloat16 ? 2 : 4);
+          const void* from = static_cast<const char*>(batch.x) + offset * (is_bfloat16_ ? 2 : 4);
           char* to = at(map, c / lanes * map.plane + y * map.row + c % lanes);
           const auto put = [&](auto zero, auto convert) {
             put_channel<decltype(zero)>(from, batch.stride_w, plan.in_width, lanes, to, convert);
           };
-          if (batch.is_bfloat16) {
+          if (is_bfloat16_) {
             put(uint16_t{}, [](uint16_t value) { return value; });
           } else if (plan_.precision == Precision::float32) {
             put(0.f, [](float value) { return value; });
@@ -545,6 +545,7 @@ class Walk {
   static constexpr int64_t kMostBody = 3;
 
   const PackedPlan& plan_;
+  const bool is_bfloat16_;  // the input
   Workspace& workspace_;
   Crew& crew_;
   const int64_t driver_;
@@ -564,14 +565,11 @@ int64_t group_size(const PackedPlan& plan, int64_t batch, int64_t threads) {
 
 }  // namespace
 
-void walk(const PackedPlan& plan, const WalkBatch& batch, int threads) {
-  require(batch.size >= 0, "batch: expected 0 or more, got " + std::to_string(batch.size));
+void walk(const PackedPlan& plan, const WalkBatch& batch, bool is_bfloat16, int threads) {
+  check_batch(batch, plan.blocks.size());
   require(threads >= 1, "threads: expected 1 or more, got " + std::to_string(threads));
-  require(!batch.is_bfloat16 || plan.precision == Precision::bfloat16, "x: expected float32, got bfloat16");
+  require(!is_bfloat16 || plan.precision == Precision::bfloat16, "x: expected float32, got bfloat16");
   if (batch.size == 0) return;
-  require(batch.x != nullptr, "x: null pointer");
-  require(batch.logits != nullptr, "logits: null pointer");
-  require(batch.decisions != nullptr || plan.blocks.empty(), "decisions: null pointer");
   const int64_t size = group_size(plan, batch.size, threads);
   const int64_t groups = (batch.size + size - 1) / size;
   // Threads beyond what all teams can use would only wait.
@@ -586,7 +584,7 @@ void walk(const PackedPlan& plan, const WalkBatch& batch, int threads) {
       int64_t group = crew.next();
       if (group >= 0) {
         const int64_t driver = crew.join();
-        Walk walk(plan, *workspaces[driver], crew, driver);
+        Walk walk(plan, is_bfloat16, *workspaces[driver], crew, driver);
         for (; group >= 0; group = crew.next()) {
           walk.enter(batch, group * size, std::min(size, batch.size - group * size));
           for (size_t block = 0; block < plan.blocks.size(); ++block) walk.pass(batch, block);

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "../walk_batch.h"
 #include "plan.h"
-#include "walk_batch.h"
 
 namespace spnet::cuda {
 

@@ -7,7 +7,7 @@
 // vocabulary on a GPU, emulated_warp.h on the host.
 #pragma once
 
-#include "walk_batch.h"
+#include "../walk_batch.h"
 #include "walk_layout.h"
 
 #ifdef __CUDACC__

@@ -1,13 +1,14 @@
+// What both walks, on the CPU and on CUDA, are given and write.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-namespace spnet::cuda {
+namespace spnet {
 
 struct WalkBatch {
-  const void* x;  // 16-bit numbers
+  const void* x;
   int64_t size;
   int64_t stride_n, stride_c, stride_h, stride_w;  // in elements
   const uint8_t* paths;  // [size, blocks], non-zero: executes; null: the routers decide
@@ -28,4 +29,4 @@ inline void check_batch(const WalkBatch& batch, int64_t n_blocks) {
   require(batch.decisions != nullptr || n_blocks == 0, "decisions: null pointer");
 }
 
-}  // namespace spnet::cuda
+}  // namespace spnet
