@@ -350,7 +350,8 @@ def test_rank_on_a_gpu_that_fails_ends_at_once(end, code, says):
         [sys.executable, "-c", NCCL, end], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == code, done.stderr
-    assert done.stdout.split() == ["cpu:gloo,cuda:nccl", "joined", *([] if code else ["destroyed"])]
+    said = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # as PyTorch 2.9 does
+    assert said == ["cpu:gloo,cuda:nccl", "joined", *([] if code else ["destroyed"])]
     assert says in done.stderr
 
 
