@@ -78,8 +78,11 @@ def noted_job(run: Path) -> bool:
 
 def _agent() -> str:
     """The torchrun process that started this rank, unlike any other; --rdzv-id may be the same for all jobs."""
-    pid, boot = os.getppid(), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # from the boot to its start
+    pid, proc = os.getppid(), Path("/proc")
+    if not proc.is_dir():  # no Linux: the next best
+        return str(pid)
+    boot = (proc / "sys/kernel/random/boot_id").read_text().strip()
+    ticks = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[19]  # from the boot to its start
     return f"{boot} {pid} {ticks}"
 
 
