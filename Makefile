@@ -26,7 +26,7 @@ sanitize-address: build/address/_core.so
 	$(call under,asan) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 $(call pytest,$<) $(PARALLEL) \
 	  $(CORE_TESTS) tests/execution/test_kept.py tests/execution/test_plan_files.py \
 	  -k "not (compile or opcheck or cuda_kernels or exit_with or bad_sample or nan_flows or changes_no_bit or \
-	    batch_splits or carries_nothing_over or (cuda_walk and bfloat16))"
+	    batch_splits or carries_nothing_over or the_plan_follows or (cuda_walk and bfloat16))"
 
 sanitize-thread: build/thread/_core.so
 	$(call under,tsan) TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 $(call pytest,$<) \
