@@ -34,7 +34,7 @@ from bench.timing import take_turns
 from spnet.analysis.benchmarks import table
 from spnet.analysis.pictures import DPI, WIDTH
 from spnet.analysis.stability import evolution_alignment
-from spnet.models.files import WEIGHTS, load_model, load_static_weights, write_whole
+from spnet.models.files import WEIGHTS, load_initial_weights, load_model, write_whole
 from spnet.models.registry import create_model
 from spnet.training import Evaluation, TrainConfig, Trainer, evaluate
 from spnet.training.checkpoint import load_state
@@ -231,7 +231,7 @@ def measure(study: Study, runs: list[Run]) -> dict[Run, dict]:
         dense.to(study.device, memory_format=torch.channels_last)
         calls.setdefault(DENSE, functools.partial(forward, dense, -math.inf))
         if run[1] == STATIC:
-            load_static_weights(dense, weights)
+            load_initial_weights(dense, weights)
             calls[run] = functools.partial(forward, dense, -math.inf)
         else:
             calls[run] = functools.partial(forward, model, 0.0)

@@ -138,6 +138,9 @@ class Check:
         assert error <= self.allowed, f"{name}: logits are off by {error:.3g}, allowed {self.allowed:.3g}"
 
 
+check_of = functools.lru_cache(2 * INPUTS)(Check)
+
+
 def bind(cell: tuple[str, torch.dtype, int, float], rivals: dict[str, Competitor]) -> dict[str, list[Call]]:
     """Each rival's calls, one for each input, after it has shown that it computes the same logits."""
     name, dtype, batch, executed = cell
@@ -145,8 +148,8 @@ def bind(cell: tuple[str, torch.dtype, int, float], rivals: dict[str, Competitor
     samples = max(batch, 16 if network(name, dtype).input_size < 100 else 2)
     bound = {rival: [] for rival in rivals}
     for seed in range(INPUTS):
-        checks = {"dense": Check(name, dtype, seed, samples, 1.0)}
-        checks["masked"] = checks["skips"] = Check(name, dtype, seed, samples, executed)
+        checks = {"dense": check_of(name, dtype, seed, samples, 1.0)}
+        checks["masked"] = checks["skips"] = check_of(name, dtype, seed, samples, executed)
         x, paths = (t[:batch] for t in case(name, dtype, seed, samples, executed))
         for rival, competitor in rivals.items():
             call = competitor.bind(x, paths)

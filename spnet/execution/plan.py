@@ -251,14 +251,12 @@ def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ..
 def checked_threshold(threshold: float) -> float:
     """As a Python number, infinite where it is beyond float32, in which margins are."""
     try:
-        value = float(threshold) if not isinstance(threshold, str) else None
+        is_number, value = not math.isnan(threshold), float(threshold)
     except OverflowError:
-        value = math.inf if threshold > 0 else -math.inf
-    except (TypeError, ValueError):
-        value = None
-    if value is None:
-        raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}")
-    if math.isnan(value):
+        is_number, value = True, math.inf if threshold > 0 else -math.inf
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}") from e
+    if not is_number:
         raise ValueError("threshold: expected a number, got NaN")
     return value if abs(value) <= torch.finfo(torch.float32).max else math.copysign(math.inf, value)
 

@@ -118,7 +118,7 @@ def load_model(folder: str | Path) -> SPNet:
     return model.eval()
 
 
-def load_static_weights(model: SPNet, path: str | Path) -> None:
+def load_initial_weights(model: SPNet, path: str | Path) -> None:
     """Start a routed network from the weights of one of the same depth; of a static one, its routers stay as they are.
 
     Args:

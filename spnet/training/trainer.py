@@ -26,7 +26,7 @@ from spnet.analysis.macs import count_macs
 from spnet.analysis.stability import path_churn
 from spnet.api import fast_forward
 from spnet.models import SPNet, create_model
-from spnet.models.files import load_static_weights, load_weights
+from spnet.models.files import load_initial_weights, load_weights
 from spnet.routing import routed_blocks
 from spnet.training import distributed
 from spnet.training.auxiliary import DynamicAuxiliary
@@ -185,7 +185,7 @@ class Trainer:
             )
         self.model.data = {"class_names": list(t.class_names), "mean": list(t.mean), "std": list(t.std)}
         if config.init is not None and not self._begun():
-            load_static_weights(self.model, config.init)
+            load_initial_weights(self.model, config.init)
         self.model.to(self.device, memory_format=torch.channels_last)
         size = (t.in_channels, t.input_size, t.input_size)
         dense = count_macs(self.model.eval(), size).dense

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import spnet
 from spnet import load_model, save_model
-from spnet.models.files import CONFIG, WEIGHTS, load_static_weights, load_weights, write_whole
+from spnet.models.files import CONFIG, WEIGHTS, load_initial_weights, load_weights, write_whole
 
 
 def states_equal(a, b):
@@ -212,7 +212,7 @@ def test_static_weights(tmp_path, name, routed):
     save_model(source, tmp_path)
     target = spnet.create_model(name, num_classes=5)
     before = {k: t.clone() for k, t in target.state_dict().items()}
-    load_static_weights(target, tmp_path / WEIGHTS if routed else tmp_path)
+    load_initial_weights(target, tmp_path / WEIGHTS if routed else tmp_path)
     for key, t in target.state_dict().items():
         kept = ".router." in key and not routed
         assert torch.equal(t, before[key] if kept else source.state_dict()[key])
@@ -230,18 +230,18 @@ def test_static_weights_of_another_network(tmp_path):
     ):
         save_model(other, tmp_path / str(i))
         with pytest.raises(ValueError, match=r"holds another network: \d+ keys differ, such as '"):
-            load_static_weights(target, tmp_path / str(i))
+            load_initial_weights(target, tmp_path / str(i))
     routers = spnet.create_model("resnet20_cifar", in_channels=1).state_dict()
     lost = next(name for name in routers if ".router." in name)
     del routers[lost]
     save_file(routers, tmp_path / "routers")
     with pytest.raises(ValueError, match=f"holds another network: 1 keys differ, such as '{lost}'"):
-        load_static_weights(target, tmp_path / "routers")
+        load_initial_weights(target, tmp_path / "routers")
     with pytest.raises(FileNotFoundError, match="no weights at"):
-        load_static_weights(target, tmp_path / "nothing")
+        load_initial_weights(target, tmp_path / "nothing")
     (tmp_path / "0" / WEIGHTS).write_bytes(b"cut")
     with pytest.raises(ValueError, match="no complete safetensors file"):
-        load_static_weights(target, tmp_path / "0")
+        load_initial_weights(target, tmp_path / "0")
     assert all(torch.equal(t, before[k]) for k, t in target.state_dict().items())
 
 
