@@ -434,8 +434,9 @@ def test_infinity_stays_in_its_channel(precision, channels):
     for paths in path_choices(network, 2):
         logits, _ = run(make_plan(network, precision), network, x, paths)
         expected, _ = network.reference(x, paths)
-        assert torch.equal(logits.isnan(), expected.isnan())
-        assert torch.equal(logits.isinf(), expected.isinf())
+        assert torch.equal(logits.isfinite(), expected.isfinite())
+        if core.cpu_level() != "amx" or precision == core.Precision.float32:  # there 0 * inf = NaN may be added
+            assert torch.equal(logits.isnan(), expected.isnan())
 
 
 def test_the_tables_are_copied(network):

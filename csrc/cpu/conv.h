@@ -19,6 +19,11 @@ constexpr int64_t kSlackPixels = 32;
 // zeros.
 constexpr int64_t kImageLanes = 4;
 
+// What matrix registers multiply together: words of a pixel and its neighbours, and outputs. They are those
+// of two pixels where maps have 16 lanes: the second one's words begin a stride later, and where one has no
+// tap its weights are zeros.
+constexpr int64_t kTileWords = 16, kTileOutputs = 32;
+
 // Where a map's pixels are; steps are in elements.
 struct MapView {
   void* data;
@@ -31,7 +36,8 @@ struct Conv {
   MapView out;  // data: output (0, 0)
   const void*
       weight;  // [group][planes][kernel][words of the lanes][kernel][outputs of the group];
-               // [kernel][words] the other way round and zeros to whole half tiles for ConvFunctions::tiles;
+               // for ConvFunctions::tiles [group][planes][kernel][words: pixels, lanes][kTileOutputs] with
+               // zeros to whole kTileWords;
                // for ConvFunctions::winograd [group][places][channels][outputs of the group], transformed
   const float* bias;      // [vectors * kLanes]
   int64_t cin, kernel;    // channels; 1, 3, or 7 with a stride of 2
@@ -51,15 +57,21 @@ struct Part {
 
 struct ConvFunctions {
   int vector;         // output channels of a register
-  int lanes;          // of all maps but the image
+  int lanes;          // of maps with more channels than a register takes; of others as many as it does
   int group;          // vectors of output channels that are computed together
   int word_channels;  // 1: maps and weights are float32; 2: they are bfloat16, weights in pairs of channels
-  bool tiles;         // matrix registers, which read all lanes
+  bool tiles;         // matrix registers, which read all lanes and whole pairs of pixels
   bool winograd;      // 3x3 of stride 1 alone (see winograd.h), and parts share no work
 
   int64_t (*scratch)(int64_t cin);  // floats; null: none
   // Any division into parts gives the same bits.
   void (*run)(const Conv& conv, const Part& part);
+
+  int64_t lanes_of(int64_t channels) const { return channels > vector ? lanes : vector; }
+  // In elements: a row of `pixels`. Two of 16 lanes are a cache line.
+  int64_t row(int64_t pixels, int64_t lanes) const {
+    return (tiles && lanes == vector ? pixels + pixels % 2 : pixels) * lanes;
+  }
 };
 
 #define SPNET_DECLARE(level)                 \
@@ -70,10 +82,5 @@ SPNET_FOR_EACH_BUILD(SPNET_DECLARE)
 SPNET_DECLARE(avx512_bf16)
 SPNET_DECLARE(amx_bf16)
 #undef SPNET_DECLARE
-
-// For maps of 32 channels and more: twice the lanes.
-namespace amx_bf16 {
-extern const ConvFunctions wide_conv_functions;
-}
 
 }  // namespace spnet::cpu

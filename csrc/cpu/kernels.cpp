@@ -13,7 +13,7 @@ bool has_bfloat16() {
 #endif
 }
 
-Kernels kernels(Precision precision, [[maybe_unused]] bool wide) {
+Kernels kernels(Precision precision) {
   if (precision == Precision::bfloat16) {
     if (!has_bfloat16()) {
       throw std::invalid_argument(
@@ -23,8 +23,7 @@ Kernels kernels(Precision precision, [[maybe_unused]] bool wide) {
     }
 #ifdef SPNET_AMX_KERNELS
     if (level() == Level::amx) {
-      const ConvFunctions& conv = wide ? amx_bf16::wide_conv_functions : amx_bf16::conv_functions;
-      return {conv, nullptr, avx512_bf16::walk_ops, amx_bf16::fma_loop};
+      return {amx_bf16::conv_functions, nullptr, avx512_bf16::walk_ops, amx_bf16::fma_loop};
     }
 #endif
 #ifdef SPNET_BFLOAT16_KERNELS

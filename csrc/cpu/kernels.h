@@ -21,8 +21,7 @@ struct Kernels {
 // Whether this build, this processor and the level in use have bfloat16 dot products (AVX512_BF16).
 bool has_bfloat16();
 
-// `wide`: those that are faster where maps have 32 channels or more, and right for all.
 // Throws std::invalid_argument for bfloat16 without has_bfloat16().
-Kernels kernels(Precision precision, bool wide = false);
+Kernels kernels(Precision precision);
 
 }  // namespace spnet::cpu

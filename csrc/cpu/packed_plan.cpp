@@ -77,11 +77,12 @@ PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats,
     : plan(read_plan(ints, n_ints, floats, n_floats)),
       level(cpu::level()),
       precision(precision),
-      conv(kernels(precision, plan.channels % 32 == 0 || plan.stem[0].kernel == 7).conv),
+      conv(kernels(precision).conv),
       winograd(kernels(precision).winograd),
       ops(kernels(precision).ops) {
   for (const PlanConv& conv : plan.stem) stem.push_back(pack(floats, conv));
-  const int64_t stem_row = planes(plan.channels) * conv.lanes * plan.stem.back().out_width * element_bytes();
+  const int64_t stem_row =
+      vectors(plan.channels) * conv.vector * plan.stem.back().out_width * element_bytes();
   stem_strip = std::max<int64_t>(kStripBytes / stem_row / 2, 4);
   int64_t height = plan.height, width = plan.width;
   for (const PlanBlock& block : plan.blocks) {
@@ -98,7 +99,7 @@ PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_
   PackedBlock block{};
   block.shape = shape;
   const auto row = [&](int64_t channels, int64_t width) {
-    return planes(channels) * width * conv.lanes * element_bytes();
+    return vectors(channels) * conv.vector * width * element_bytes();
   };
   int64_t weight_bytes = 0, reach = 0, row_bytes = row(shape.cin(), width) * shape.stride;
   for (const PlanConv& conv : shape.body) {
@@ -123,7 +124,9 @@ PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_
 PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
   const bool suits = winograd != nullptr && suits_winograd(shape);
   const float* weight = floats + shape.weight;
-  const int64_t bytes = suits ? pack_winograd(weight, shape) : pack_direct(weight, shape);
+  const int64_t bytes = suits        ? pack_winograd(weight, shape)
+                        : conv.tiles ? pack_tiles(weight, shape)
+                                     : pack_direct(weight, shape);
   const ConvFunctions& functions = suits ? *winograd : conv;
   if (suits) scratch_bytes_ = std::max<int64_t>(scratch_bytes_, functions.scratch(shape.cin) * sizeof(float));
   const float* packed = packed_.back().get();
@@ -166,32 +169,18 @@ int64_t PackedPlan::pack_winograd(const float* weight, const PlanConv& shape) {
 int64_t PackedPlan::pack_direct(const float* weight, const PlanConv& shape) {
   const int64_t cout = shape.cout, cin = shape.cin, kernel = shape.kernel, taps = kernel * kernel;
   const int64_t lanes = kernel == 7 ? kImageLanes : conv.lanes, step = conv.word_channels;
-  const int64_t tile_rows = conv.group == 1 ? 8 : 16;  // of what matrix registers read: half of one, or one
-  const auto words_of = [&](int64_t channels) { return ((conv.tiles ? lanes : channels) + step - 1) / step; };
-  const auto rows_of = [&](int64_t words) {
-    return conv.tiles ? round_up(words * kernel, tile_rows) : words * kernel;
-  };
-  packed_.emplace_back(vectors(cout) * conv.vector * ((cin + lanes - 1) / lanes) * kernel *
-                       rows_of(words_of(std::min(lanes, cin))));
+  packed_.emplace_back(vectors(cout) * conv.vector * ((cin + step - 1) / step) * taps);
   float* to = packed_.back().get();
   for (int64_t vector = 0; vector < vectors(cout); vector += conv.group) {
     const int64_t first = vector * conv.vector;
     const int64_t n = std::min<int64_t>(conv.group, vectors(cout) - vector) * conv.vector;
     for (int64_t block = 0; block < cin; block += lanes) {
-      const int64_t words = words_of(std::min(lanes, cin - block)), rows = rows_of(words);
-      for (int64_t ky = 0; ky < kernel; ++ky, to += rows * n) {
-        for (int64_t i = 0; i < words * kernel; ++i) {
-          const int64_t word = conv.tiles ? i % words : i / kernel, kx = conv.tiles ? i / words : i % kernel;
-          const int64_t c = block + word * step;
-          if (c >= cin) continue;
-          for (int64_t lane = 0; lane < std::min(n, cout - first); ++lane) {
-            const float* channels = weight + ((first + lane) * cin + c) * taps + ky * kernel + kx;
-            if (precision == Precision::float32) {
-              to[i * n + lane] = *channels;
-            } else {
-              const uint16_t pair[] = {to_bfloat16(*channels),
-                                       c + 1 < cin ? to_bfloat16(channels[taps]) : uint16_t{0}};
-              std::memcpy(to + i * n + lane, pair, sizeof(pair));
+      for (int64_t ky = 0; ky < kernel; ++ky) {
+        for (int64_t c = block; c < std::min(block + lanes, cin); c += step) {
+          for (int64_t kx = 0; kx < kernel; ++kx, to += n) {
+            for (int64_t lane = 0; lane < std::min(n, cout - first); ++lane) {
+              const float* channels = weight + ((first + lane) * cin + c) * taps + ky * kernel + kx;
+              pack_word(channels, taps, cin - c, to + lane);
             }
           }
         }
@@ -199,6 +188,43 @@ int64_t PackedPlan::pack_direct(const float* weight, const PlanConv& shape) {
     }
   }
   return (to - packed_.back().get()) * sizeof(float);
+}
+
+int64_t PackedPlan::pack_tiles(const float* weight, const PlanConv& shape) {
+  const int64_t cout = shape.cout, cin = shape.cin, kernel = shape.kernel, taps = kernel * kernel;
+  const int64_t lanes = kernel == 7 ? kImageLanes : conv.lanes_of(cin), out_lanes = conv.lanes_of(cout);
+  const int64_t together = kTileOutputs / out_lanes;  // pixels
+  const int64_t words = lanes / conv.word_channels;
+  const int64_t rows = round_up((kernel + (together - 1) * shape.stride) * words, kTileWords);
+  packed_.emplace_back(round_up(cout, out_lanes) * together * ((cin + lanes - 1) / lanes) * kernel * rows);
+  float* to = packed_.back().get();
+  for (int64_t first = 0; first < cout; first += out_lanes) {
+    for (int64_t block = 0; block < cin; block += lanes) {
+      for (int64_t ky = 0; ky < kernel; ++ky, to += rows * kTileOutputs) {
+        for (int64_t pixel = 0; pixel < together; ++pixel) {
+          for (int64_t i = 0; i < kernel * words; ++i) {
+            const int64_t c = block + i % words * conv.word_channels;
+            if (c >= cin) continue;
+            float* const row = to + (pixel * shape.stride * words + i) * kTileOutputs + pixel * out_lanes;
+            for (int64_t lane = 0; lane < std::min(out_lanes, cout - first); ++lane) {
+              const float* channels = weight + ((first + lane) * cin + c) * taps + ky * kernel + i / words;
+              pack_word(channels, taps, cin - c, row + lane);
+            }
+          }
+        }
+      }
+    }
+  }
+  return (to - packed_.back().get()) * sizeof(float);
+}
+
+void PackedPlan::pack_word(const float* channels, int64_t step, int64_t left, float* to) const {
+  if (precision == Precision::float32) {
+    *to = *channels;
+    return;
+  }
+  const uint16_t pair[] = {to_bfloat16(*channels), left > 1 ? to_bfloat16(channels[step]) : uint16_t{0}};
+  std::memcpy(to, pair, sizeof(pair));
 }
 
 const float* PackedPlan::pack_vector(const float* values, int64_t n) {
@@ -220,8 +246,10 @@ Linear PackedPlan::pack_linear(const float* floats, int64_t weight, int64_t bias
 }
 
 int64_t PackedPlan::map_bytes(int64_t channels, int64_t height, int64_t width) const {
-  const int64_t pixels = planes(channels) * (height + 2) * (width + 2) + kSlackPixels;
-  return whole_lines(pixels * conv.lanes * element_bytes());
+  const int64_t lanes = conv.lanes_of(channels);
+  const int64_t elements =
+      planes(channels) * (height + 2) * conv.row(width + 2, lanes) + kSlackPixels * lanes;
+  return whole_lines(elements * element_bytes());
 }
 
 void PackedPlan::measure() {

@@ -99,7 +99,10 @@ class PackedPlan {
   bool is_heavy = false;  // a block is
 
   int64_t element_bytes() const { return 4 / conv.word_channels; }
-  int64_t planes(int64_t channels) const { return (channels + conv.lanes - 1) / conv.lanes; }
+  int64_t planes(int64_t channels) const {
+    const int64_t lanes = conv.lanes_of(channels);
+    return (channels + lanes - 1) / lanes;
+  }
   int64_t workspace_bytes() const { return bytes_of(workspace_samples()) + scratch_bytes_; }
   // The most samples that a thread takes through the blocks together.
   int64_t workspace_samples() const;
@@ -112,12 +115,15 @@ class PackedPlan {
                  std::vector<AlignedFloats> scratch) const;
 
  private:
-  int64_t vectors(int64_t channels) const { return planes(channels) * conv.lanes / conv.vector; }
+  int64_t vectors(int64_t channels) const { return planes(channels) * conv.lanes_of(channels) / conv.vector; }
   int64_t map_bytes(int64_t channels, int64_t height, int64_t width) const;
   const float* pack_vector(const float* values, int64_t n);
   PackedConv pack(const float* floats, const PlanConv& conv);
   int64_t pack_direct(const float* weight, const PlanConv& conv);
+  int64_t pack_tiles(const float* weight, const PlanConv& conv);
   int64_t pack_winograd(const float* weight, const PlanConv& conv);
+  // The word of one output; `step` to the next channel, of which `left` follow.
+  void pack_word(const float* channels, int64_t step, int64_t left, float* to) const;
   Linear pack_linear(const float* floats, int64_t weight, int64_t bias, int64_t inputs, int64_t outputs);
   PackedBlock pack(const float* floats, const PlanBlock& block, int64_t height, int64_t width);
   void measure();

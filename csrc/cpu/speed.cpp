@@ -64,25 +64,23 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
   const Kernels set = kernels(precision);
   const bool winograd = set.winograd != nullptr && suits_winograd(shape);
   const ConvFunctions& functions = winograd ? *set.winograd : set.conv;
-  const int64_t planes = (channels + functions.lanes - 1) / functions.lanes;
-  const int64_t vectors = planes * functions.lanes / functions.vector;
-  const int64_t row = (width + 2) * functions.lanes, plane = (height + 2) * row;
-  const int64_t pixel_floats = functions.lanes / functions.word_channels;
-  const int64_t read = functions.tiles ? vectors * functions.lanes : channels;
-  const int64_t words = (read + functions.word_channels - 1) / functions.word_channels;
-  const AlignedFloats weight(vectors * functions.lanes * words * (winograd ? kWinogradPlaces : 9)),
-      bias(vectors * functions.lanes);
+  const int64_t lanes = functions.lanes_of(channels), planes = (channels + lanes - 1) / lanes;
+  const int64_t vectors = planes * lanes / functions.vector;
+  const int64_t row = functions.row(width + 2, lanes), plane = (height + 2) * row;
+  // As many as any kernel reads of zeros.
+  const int64_t most = (channels + kTileOutputs - 1) / kTileOutputs * kTileOutputs;
+  const AlignedFloats weight(most * most * kWinogradPlaces), bias(most);
   std::deque<AlignedFloats> maps, scratch;
   for (int i = 0; i < 2 * threads; ++i)
-    maps.emplace_back((vectors * (height + 2) * (width + 2) + kSlackPixels) * pixel_floats);
+    maps.emplace_back((planes * plane + kSlackPixels * lanes) / functions.word_channels);
   for (int i = 0; i < threads; ++i) scratch.emplace_back(winograd ? functions.scratch(channels) : 0);
   std::atomic<int> next{0};
   return measure(threads, seconds, 18.0 * channels * channels * height * width, [&] {
     const int i = next.fetch_add(2);
-    float* const out = maps[i + 1].get() + (width + 3) * pixel_floats;
+    float* const out = maps[i + 1].get() + (row + lanes) / functions.word_channels;
     Conv conv{};
-    conv.in = {maps[i].get(), row, plane, functions.lanes};
-    conv.out = {out, row, plane, functions.lanes};
+    conv.in = {maps[i].get(), row, plane, lanes};
+    conv.out = {out, row, plane, lanes};
     conv.weight = weight.get();
     conv.bias = bias.get();
     conv.cin = channels;

@@ -202,8 +202,8 @@ class Walk {
     float* out[kMostSamples];
   };
 
-  static int64_t row(const MapBuffer& map) { return (map.width + 2 * map.halo) * map.lanes; }
-  static int64_t plane(const MapBuffer& map) { return (map.height + 2 * map.halo) * row(map); }
+  int64_t row(const MapBuffer& map) const { return plan_.conv.row(map.width + 2 * map.halo, map.lanes); }
+  int64_t plane(const MapBuffer& map) const { return (map.height + 2 * map.halo) * row(map); }
   char* at(const MapView& map, int64_t element) const {
     return static_cast<char*>(map.data) + element * plan_.element_bytes();
   }
@@ -215,6 +215,7 @@ class Walk {
   }
 
   // The halo stays zero while maps of the same shape are written, for whatever writes them writes inside it.
+  // So does what lies behind the map: another sample's numbers there might be no numbers.
   void shape(MapBuffer& map, int64_t planes, int64_t lanes, int64_t halo, int64_t height,
              int64_t width) const {
     const MapBuffer wanted{map.data, planes, lanes, halo, height, width};
@@ -228,14 +229,15 @@ class Walk {
       clear(begin, halo * whole.row);
       for (int64_t y = halo; y < halo + height; ++y) {
         clear(begin + y * whole.row, halo * lanes);
-        clear(begin + (y + 1) * whole.row - halo * lanes, halo * lanes);
+        clear(begin + y * whole.row + (halo + width) * lanes, whole.row - (halo + width) * lanes);
       }
       clear(begin + (halo + height) * whole.row, halo * whole.row);
     }
+    clear(planes * whole.plane, kSlackPixels * lanes);
   }
 
   void shape(MapBuffer& map, int64_t channels, int64_t height, int64_t width) const {
-    shape(map, plan_.planes(channels), plan_.conv.lanes, 1, height, width);
+    shape(map, plan_.planes(channels), plan_.conv.lanes_of(channels), 1, height, width);
   }
 
   template <class Function>
@@ -246,7 +248,8 @@ class Walk {
   void load(const WalkBatch& batch, int64_t first) const {
     const Plan& plan = plan_.plan;
     MapBuffer& image = workspace_.middles[0][0];
-    const int64_t halo = plan.stem[0].kernel / 2, lanes = halo > 1 ? kImageLanes : plan_.conv.lanes;
+    const int64_t halo = plan.stem[0].kernel / 2;
+    const int64_t lanes = halo > 1 ? kImageLanes : plan_.conv.lanes_of(plan.in_channels);
     shape(image, (plan.in_channels + lanes - 1) / lanes, lanes, halo, plan.in_height, plan.in_width);
     const MapView map = view(image, 0);
     share(plan.in_height, [&](int64_t begin, int64_t end) {

@@ -21,13 +21,13 @@ HALVES = st.sampled_from([torch.bfloat16, torch.float16])
 
 
 @st.composite
-def networks(draw, num_classes=(1, 2, 10)) -> nn.Module:
+def networks(draw, num_classes=(1, 2, 10), widths=(1, 3, 8, 16, 24, 33)) -> nn.Module:
     """Networks of both forms and their variants with awkward widths, sizes and depths."""
     torch.manual_seed(draw(st.integers(0, 1000)))
     stages, imagenet = draw(st.integers(1, 3)), draw(st.booleans())
     model = spnet.models.SPNet(
         [draw(st.integers(1, 3)) for _ in range(stages)],
-        sorted(draw(st.sampled_from([1, 3, 8, 16, 24, 33])) for _ in range(stages)),
+        sorted(draw(st.sampled_from(widths)) for _ in range(stages)),
         num_classes=draw(st.sampled_from(num_classes)),
         in_channels=draw(st.sampled_from([1, 3] if imagenet else [1, 3, 5])),
         input_size=draw(st.sampled_from([1, 5, 8, 16, 31, 48])),
@@ -94,7 +94,8 @@ def test_a_thousand_samples(form):
         torch.set_num_threads(before)
 
 
-@given(networks(num_classes=[10]), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]), HALVES)
+# A single channel's few numbers may be rounded luckily by one execution and not by the other.
+@given(networks([10], [8, 16, 24, 33]), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]), HALVES)
 def test_half_precision(model, batch, rate, dtype):
     model = model.to(dtype)
     x, paths = _input(model, 8).to(dtype), torch.rand(8, sum(len(stage) for stage in model.stages)) < rate
