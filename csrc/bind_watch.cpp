@@ -2,17 +2,18 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "cpu/fingerprint.h"
 #include "cpu/pool.h"
+#include "cpu/team.h"
 
 namespace py = pybind11;
 
@@ -57,25 +58,33 @@ class Layouts {
  public:
   Layouts(const std::vector<py::list>& parts, const py::capsule& exchange) : api_(exchange_api(exchange)) {
     for (const py::list& tensors : parts) {
-      std::string layouts;
+      Part part{tensors, {}, {}};
       const bool all = each(tensors, [&](const void* values, size_t bytes) {
-        layouts.append(static_cast<const char*>(values), bytes);
+        part.layouts.append(static_cast<const char*>(values), bytes);
         return true;
       });
       if (!all) throw py::error_already_set();
-      parts_.push_back({tensors, std::move(layouts)});
+      for (const py::handle tensor : tensors) {
+        const auto address = [](const py::object& cdata) {
+          return reinterpret_cast<const char*>(cdata.cast<std::uintptr_t>());
+        };
+        part.places.push_back({reinterpret_cast<const char*>(tensor.ptr()), address(tensor.attr("_cdata")),
+                               address(tensor.attr("untyped_storage")().attr("_cdata"))});
+      }
+      parts_.push_back(std::move(part));
     }
   }
 
-  size_t parts() const { return parts_.size(); }
+  int64_t parts() const { return parts_.size(); }
 
-  bool unchanged(size_t part) const {
-    const auto& [tensors, layouts] = parts_[part];
-    size_t place = 0;
-    const bool same = each(tensors, [&place, &layouts = layouts](const void* values, size_t bytes) {
-      const bool fits = place + bytes <= layouts.size();
-      const bool same = fits && std::memcmp(&layouts[place], values, bytes) == 0;
-      place += bytes;
+  bool unchanged(int64_t number) const {
+    const Part& part = parts_[number];
+    for (const Place& place : part.places) fetch(place);
+    size_t at = 0;
+    const bool same = each(part.tensors, [&part, &at](const void* values, size_t bytes) {
+      const bool fits = at + bytes <= part.layouts.size();
+      const bool same = fits && std::memcmp(&part.layouts[at], values, bytes) == 0;
+      at += bytes;
       return same;
     });
     PyErr_Clear();  // a tensor has become one without memory
@@ -83,6 +92,25 @@ class Layouts {
   }
 
  private:
+  // Where PyTorch kept what it reads of a tensor. It lies all over the memory, and would be waited for piece
+  // by piece. Only ever a hint to the processor, so it does no harm that a tensor may have got another
+  // storage.
+  struct Place {
+    const char *object, *tensor, *storage;
+  };
+
+  struct Part {
+    py::list tensors;
+    std::string layouts;
+    std::vector<Place> places;
+  };
+
+  static void fetch(const Place& place) {
+    __builtin_prefetch(place.object);
+    for (int line = 0; line < 3; ++line) __builtin_prefetch(place.tensor + 64 * line);
+    for (int line = 0; line < 2; ++line) __builtin_prefetch(place.storage + 64 * line);
+  }
+
   // Hands the numbers of all tensors to take(values, bytes) until it returns false or there is a Python
   // error.
   template <class Take>
@@ -101,7 +129,7 @@ class Layouts {
   }
 
   const DLPackExchangeApi& api_;
-  std::vector<std::pair<py::list, std::string>> parts_;
+  std::vector<Part> parts_;
 };
 
 // A number that no dictionary has had before, new at every change; 0 where Python does not tell.
@@ -194,27 +222,75 @@ class Facts {
   std::vector<List> lists_;
 };
 
-bool same_objects(const Layouts* layouts, std::string_view chosen, Facts& facts, const py::dict& own,
-                  int threads) {
-  const size_t parts = layouts == nullptr ? 0 : layouts->parts();
-  if (layouts != nullptr && chosen.size() != parts) {
-    throw std::invalid_argument("chosen: expected " + std::to_string(parts) + " parts, got " +
-                                std::to_string(chosen.size()));
+// So many bytes are compared with Python's lock held, which takes a thread about a millisecond.
+constexpr int64_t kMostLockedBytes = 16 * 1024 * 1024;
+
+// One char for each part, not 0 where it is chosen: where its column of decisions has a True, or where it has
+// no column.
+std::string chosen_parts(int64_t parts, const char* decisions, int64_t rows, int64_t columns) {
+  if (columns > parts) {
+    throw std::invalid_argument("decisions: expected at most " + std::to_string(parts) + " columns, got " +
+                                std::to_string(columns));
   }
+  std::string chosen(parts, 1);
+  std::fill_n(chosen.begin(), columns, 0);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < columns; ++i) chosen[i] |= decisions[row * columns + i];
+  }
+  return chosen;
+}
+
+bool unchanged(Facts& facts, const py::dict& own, const Layouts* layouts,
+               const spnet::cpu::Fingerprint* fingerprint, std::uintptr_t decisions, int64_t rows,
+               int64_t columns, int threads) {
+  namespace cpu = spnet::cpu;
+  const int64_t parts = fingerprint == nullptr ? 0 : fingerprint->parts();
+  if (layouts != nullptr && layouts->parts() != parts) {
+    throw std::invalid_argument("layouts: expected " + std::to_string(parts) + " parts, got " +
+                                std::to_string(layouts->parts()));
+  }
+  const std::string chosen = chosen_parts(parts, reinterpret_cast<const char*>(decisions), rows, columns);
+  std::vector<int64_t> ranges;
+  int64_t bytes = 0;
+  for (int64_t range = 0; fingerprint != nullptr && range < fingerprint->ranges(); ++range) {
+    if (!chosen[fingerprint->part(range)]) continue;
+    ranges.push_back(range);
+    bytes += fingerprint->bytes(range);
+  }
+
   std::atomic<bool> same{true};
-  spnet::cpu::parallel_for(
-      facts.lists(), 1, threads,
-      [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end && same; ++i) {
-          if (!facts.hold(i, own)) same = false;
-        }
-      },
-      // PyTorch is asked by the thread that has the lock.
-      [&] {
-        for (size_t part = 0; part < parts && same; ++part) {
-          if (chosen[part] && !layouts->unchanged(part)) same = false;
-        }
-      });
+  // Parts below this one may be read: their tensors were found where they lay, and keep their memory.
+  std::atomic<int64_t> found{layouts == nullptr ? parts : 0};
+  const auto compare = [&](int64_t range) {
+    for (cpu::Spin spin; found.load(std::memory_order_acquire) <= fingerprint->part(range); spin.wait()) {
+      if (!same) return false;
+    }
+    return fingerprint->matches(range);
+  };
+  const int64_t lists = facts.lists(), all = lists + ranges.size();
+  const auto check = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end && same; ++i) {
+      if (!(i < lists ? facts.hold(i, own) : compare(ranges[i - lists]))) same = false;
+    }
+  };
+  // PyTorch is asked by the thread that has the lock. The others start with the facts, which wait for no
+  // answer.
+  const auto ask = [&] {
+    for (int64_t part = found; part < parts && same; ++part) {
+      if (chosen[part] && !layouts->unchanged(part)) {
+        same = false;
+      } else {
+        found.store(part + 1, std::memory_order_release);
+      }
+    }
+  };
+  const int64_t locked = bytes <= kMostLockedBytes ? all : lists;
+  cpu::parallel_for(locked, 1, threads, check, ask);
+  if (locked < all && same) {
+    py::gil_scoped_release release;
+    cpu::parallel_for(all - locked, 1, threads,
+                      [&](int64_t begin, int64_t end) { check(locked + begin, locked + end); });
+  }
   return same;
 }
 
@@ -229,12 +305,7 @@ void bind_watch(py::module_& m) {
              return new cpu::Fingerprint(reinterpret_cast<const cpu::Span*>(spans), n, parts, threads);
            }),
            py::arg("spans"), py::arg("n"), py::arg("parts"), py::arg("threads"),
-           py::call_guard<py::gil_scoped_release>())
-      .def(
-          "matches", &cpu::Fingerprint::matches,
-          "Whether every byte of the chosen parts (a bool of each, and their spans must still be there to be "
-          "read) is what it was.",
-          py::arg("chosen"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+           py::call_guard<py::gil_scoped_release>());
   py::class_<Layouts>(
       m, "Layouts",
       "Address, device, dtype, shape and strides of the tensors of some parts, a list of each; "
@@ -248,9 +319,13 @@ void bind_watch(py::module_& m) {
                     "first dictionary "
                     "stands for one that is named later.")
       .def(py::init<const std::vector<py::list>&>(), py::arg("lists"));
-  m.def("same_objects", &same_objects,
-        "Whether the layouts of the chosen parts (a bool of each; None: there are none) are what they were, "
-        "and all dictionaries have the very same entries in the same order. own: the one of which the facts "
-        "have None.",
-        py::arg("layouts"), py::arg("chosen"), py::arg("facts"), py::arg("own"), py::arg("threads"));
+  m.def(
+      "unchanged", &unchanged,
+      "Whether all dictionaries have the very same entries in the same order, and layouts and bytes of the "
+      "chosen parts are what they were (None: of no part). own: the dictionary of which the facts have None. "
+      "decisions: address of bool [rows, columns]; a part is chosen where its column has a True, or where it "
+      "has no column. Bytes are read where the layouts of their part are what they were; many of them "
+      "without Python's lock.",
+      py::arg("facts"), py::arg("own"), py::arg("layouts"), py::arg("fingerprint"), py::arg("decisions"),
+      py::arg("rows"), py::arg("columns"), py::arg("threads"));
 }

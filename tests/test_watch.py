@@ -1,5 +1,12 @@
 """What tells that memory, tensors and dictionaries are as they were."""
 
+import mmap
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,8 +33,21 @@ def fingerprint(buffers: list[torch.Tensor], threads: int = 1, parts: list[int] 
     return core.Fingerprint(table.data_ptr(), len(table), max(parts, default=0) + 1, threads)
 
 
+def unchanged(
+    facts: core.Facts | None = None,
+    own: dict | None = None,
+    layouts: core.Layouts | None = None,
+    fingerprint: core.Fingerprint | None = None,
+    decisions: torch.Tensor | None = None,
+    threads: int = 1,
+) -> bool:
+    decisions = torch.empty(0, 0, dtype=torch.bool) if decisions is None else decisions
+    facts, own = core.Facts([]) if facts is None else facts, {} if own is None else own
+    return core.unchanged(facts, own, layouts, fingerprint, decisions.data_ptr(), *decisions.shape, threads)
+
+
 def matches(watch: core.Fingerprint, threads: int = 1, chosen: tuple[bool, ...] = (True,)) -> bool:
-    return watch.matches(bytes(chosen), threads)
+    return unchanged(fingerprint=watch, decisions=torch.tensor([chosen]), threads=threads)
 
 
 def random_bytes(n: int) -> torch.Tensor:
@@ -140,9 +160,8 @@ def test_impossible_spans():
         core.Fingerprint(0, 1, 1, 1)
     with pytest.raises(ValueError, match="spans: "):
         core.Fingerprint(0, -1, 1, 1)
-    for chosen in (b"", b"\1\1"):
-        with pytest.raises(ValueError, match=f"chosen: expected 1 parts, got {len(chosen)}"):
-            fingerprint([torch.zeros(8)]).matches(chosen, 1)
+    with pytest.raises(ValueError, match="decisions: expected at most 1 columns, got 2"):
+        matches(fingerprint([torch.zeros(8)]), 1, (True, True))
     for span in ((0, 8, 0), (16, -1, 0), (0, 0, -1), (0, 0, 2)):
         table = torch.tensor([span])
         with pytest.raises(ValueError, match="spans: "):
@@ -156,7 +175,7 @@ def test_facts(threads):
     all_facts = [core.Facts([first, second]), core.Facts([[*first, *second]])]
 
     def same() -> bool:
-        (answer,) = {core.same_objects(None, b"", facts, {}, threads) for facts in all_facts}
+        (answer,) = {unchanged(facts, threads=threads) for facts in all_facts}
         return answer
 
     assert same()
@@ -191,9 +210,9 @@ def test_facts_of_another_class(threads):
     value = First()
     for facts in (core.Facts([[{"x": value}, "x", value]]), core.Facts([[{}], [{"x": value}, "x", value]])):
         for _ in range(2):
-            assert core.same_objects(None, b"", facts, {}, threads)
+            assert unchanged(facts, threads=threads)
             value.__class__ = Second
-            assert not core.same_objects(None, b"", facts, {}, threads)
+            assert not unchanged(facts, threads=threads)
             value.__class__ = First
 
 
@@ -202,12 +221,12 @@ def test_facts_that_are_old_news():
     a = {"x": 1}
     facts = core.Facts([[a, "x", a["x"]]])
     a["x"] = 2
-    assert not core.same_objects(None, b"", facts, {}, 1)
+    assert not unchanged(facts)
 
 
 def test_no_facts():
     for lists in ([], [[]], [[{}]]):
-        assert core.same_objects(None, b"", core.Facts(lists), {}, 1)
+        assert unchanged(core.Facts(lists))
 
 
 @pytest.mark.parametrize("malformed", [["x"], [{}, "x"], [1], [{}, 1], [{}, "x", 1, "y"], [{}, "x", 1, 2], [{}, None]])
@@ -220,22 +239,28 @@ def test_own_facts():
     own = {"x": "1"}
     facts = core.Facts([[None, "x", own["x"], {}], [{}]])
     for _ in range(2):
-        assert core.same_objects(None, b"", facts, own, 1)
-        assert not core.same_objects(None, b"", facts, {"x": "2"}, 1)
-        assert not core.same_objects(None, b"", facts, {}, 1)
+        assert unchanged(facts, own)
+        assert not unchanged(facts, {"x": "2"})
+        assert not unchanged(facts)
+
+
+@pytest.fixture
+def exchange():
+    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if table is None:
+        pytest.skip("this PyTorch has no DLPack tables")
+    return table
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_layouts(threads):
-    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if exchange is None:
-        pytest.skip("this PyTorch has no DLPack tables")
+def test_layouts(threads, exchange):
     x = torch.zeros(4, 6)
     y = torch.zeros(3, dtype=torch.bfloat16)
     watch = core.Layouts([[x], [], [y]], exchange)
+    facts, nothing = core.Facts([[]] * 3), core.Fingerprint(0, 0, 3, 1)
 
-    def same(chosen: bytes = b"\1\1\1") -> bool:
-        return core.same_objects(watch, chosen, core.Facts([[]] * 3), {}, threads)
+    def same(*chosen: bool) -> bool:
+        return unchanged(facts, None, watch, nothing, torch.tensor([chosen]), threads)
 
     first = x.data
     x.fill_(1)
@@ -243,7 +268,7 @@ def test_layouts(threads):
     for data in (first.t(), first.view(6, 4), first[1:], first.view(24), first.view(torch.int32), first.clone()):
         x.data = data
         assert not same()
-        assert same(b"\0\1\1")
+        assert same(False)
         x.data = first
         assert same()
     without_memory = first.to_sparse()
@@ -253,8 +278,140 @@ def test_layouts(threads):
     assert same()
     y.data = y.data.view(torch.float16)
     assert not same()
-    assert same(b"\1\1\0")
-    with pytest.raises(ValueError, match="chosen: expected 3 parts, got 2"):
-        same(b"\1\1")
+    assert not same(True, True)
+    assert same(True, True, False)
+    with pytest.raises(ValueError, match="layouts: expected 2 parts, got 3"):
+        unchanged(layouts=watch, fingerprint=core.Fingerprint(0, 0, 2, 1))
     with pytest.raises(Exception, match=r"."):
         core.Layouts([[object()]], exchange)
+
+
+def test_decisions_of_many_samples():
+    """A part is chosen by any of them, or always where there is no decision for it."""
+    buffers = [random_bytes(100) for _ in range(5)]
+    watch = fingerprint(buffers, parts=[*range(5)])
+    decisions = torch.zeros(70, 4, dtype=torch.bool)
+    decisions[69, 1] = decisions[0, 2] = decisions[33, 2] = True
+    for part, chosen in enumerate((False, True, True, False, True)):
+        buffers[part][50] ^= 1
+        assert unchanged(fingerprint=watch, decisions=decisions) is not chosen
+        assert unchanged(fingerprint=watch, decisions=decisions[:0]) is not (part == 4)
+        assert not unchanged(fingerprint=watch)
+        buffers[part][50] ^= 1
+
+
+MOST_LOCKED = 16 * 1024 * 1024  # bytes that are compared with Python's lock held, as in csrc/bind_watch.cpp
+
+
+@pytest.mark.parametrize("size", [RANGE, MOST_LOCKED // 4 + 1])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_everything_at_once(threads, size, exchange):
+    """In every place, alone and beside others: an entry, a layout, a byte."""
+    entries = [{"x": 1} for _ in range(5)]
+    facts = core.Facts([[each, "x", 1] for each in entries])
+    tensors = [torch.zeros(size, dtype=torch.uint8) for _ in range(4)]
+    bytes_ = fingerprint(tensors, parts=[*range(4)])
+    layouts = core.Layouts([[t] for t in tensors], exchange)
+
+    def same(**of) -> bool:
+        return unchanged(facts, None, layouts, bytes_, threads=threads, **of)
+
+    def others(part: int) -> torch.Tensor:
+        return torch.arange(4)[None] != part
+
+    assert same()
+    for each in entries:
+        each["x"] = 2
+        assert not same()
+        each["x"] = 1
+    for part, t in enumerate(tensors):
+        for place in (0, size - 1):
+            t[place] = 1
+            assert not same()
+            assert same(decisions=others(part))
+            t[place] = 0
+        data = t.data
+        t.data = data.view(torch.int8)
+        assert not same()
+        assert same(decisions=others(part))
+        t.data = data
+        assert same()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("size", [RANGE, MOST_LOCKED])
+@pytest.mark.parametrize("gone", [0, 1, 4])
+def test_memory_that_is_gone_is_not_read(gone, size, exchange):
+    """A layout has changed, and what lay there can be read no more, even while the tensors before are asked."""
+    regions = [mmap.mmap(-1, size) for _ in range(5)]
+    tensors = [torch.frombuffer(region, dtype=torch.uint8) for region in regions]
+    bytes_ = fingerprint(tensors, parts=[*range(5)])
+    layouts = core.Layouts([[t] * (20_000 if part == 0 else 1) for part, t in enumerate(tensors)], exchange)
+    assert unchanged(None, None, layouts, bytes_)
+    tensors[gone].data = torch.zeros(size, dtype=torch.uint8)
+    regions[gone].close()
+    others = torch.arange(5)[None] != gone
+    child = os.fork()
+    if child == 0:  # which the system ends where it reads what is gone
+        answers = [
+            [unchanged(None, None, layouts, bytes_, chosen, threads) for chosen in (None, ~others, others)]
+            for threads in (1, 2, 5)
+        ]
+        os._exit(answers != [[False, False, True]] * 3)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_many_threads_at_once(exchange):
+    """With the one watch, some of them with so many bytes that Python's lock is given away."""
+    entries = [{"x": 1} for _ in range(3)]
+    facts = core.Facts([[each, "x", 1] for each in entries])
+    tensors = [torch.zeros(size, dtype=torch.uint8) for size in (2 * RANGE, 100, MOST_LOCKED, 5 * RANGE)]
+    bytes_ = fingerprint(tensors, parts=[*range(4)])
+    layouts = core.Layouts([[t] for t in tensors], exchange)
+
+    def same(seed: int) -> list[bool]:
+        few = torch.tensor([[True, True, False]])
+        return [
+            unchanged(facts, None, layouts, bytes_, None if i % 8 == seed else few, 1 + (seed + i) % 3)
+            for i in range(16)
+        ]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(map(all, pool.map(same, range(8))))
+        entries[1]["z"] = 1
+        assert not any(map(any, pool.map(same, range(8))))
+        del entries[1]["z"]
+        assert all(map(all, pool.map(same, range(8))))
+        tensors[3][-1] = 1
+        assert not any(map(any, pool.map(same, range(8))))
+
+
+def test_pythons_lock():
+    """Another thread of Python goes on only while many bytes are compared."""
+    x = torch.zeros(MOST_LOCKED + 1, dtype=torch.uint8)
+    few, many = fingerprint([x[1:]]), fingerprint([x])
+    turns, stop = [0], []
+
+    def turn():
+        while not stop:
+            turns[0] += 1
+            time.sleep(0)  # gives the lock away
+
+    def passes(watch: core.Fingerprint) -> bool:
+        before = turns[0]
+        core.unchanged(facts, {}, None, watch, 0, 0, 0, 1)
+        return turns[0] != before
+
+    facts = core.Facts([])
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # nobody takes it
+    try:
+        other = threading.Thread(target=turn)
+        other.start()
+        assert any(passes(many) for _ in range(1000))
+        assert not any(passes(few) for _ in range(20))
+    finally:
+        stop.append(True)
+        sys.setswitchinterval(interval)
+        other.join()

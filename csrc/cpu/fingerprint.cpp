@@ -1,7 +1,6 @@
 #include "fingerprint.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -32,7 +31,6 @@ Fingerprint::Fingerprint(const Span* spans, int64_t n, int64_t parts, int thread
     : mix_(mix_words()), parts_(parts) {
   if (n < 0 || (n > 0 && spans == nullptr))
     throw std::invalid_argument("spans: a null pointer or fewer than 0");
-  int64_t room = 0;
   for (Span left : std::vector<Span>(spans, spans + n)) {
     if (left.bytes < 0 || (left.bytes > 0 && left.data == nullptr)) {
       throw std::invalid_argument("spans: a null pointer or fewer than 0 bytes");
@@ -42,49 +40,34 @@ Fingerprint::Fingerprint(const Span* spans, int64_t n, int64_t parts, int thread
                                   std::to_string(parts));
     }
     while (left.bytes > 0) {
-      if (room == 0 || spans_.back().part != left.part) {
-        ends_.push_back(spans_.size());
-        room = kRangeBytes;
+      if (ranges_.empty() || ranges_.back().bytes == kRangeBytes || ranges_.back().part != left.part) {
+        const int64_t begin = spans_.size();
+        ranges_.push_back({begin, begin, 0, left.part});
       }
-      const int64_t bytes = std::min(left.bytes, room);
+      Range& range = ranges_.back();
+      const int64_t bytes = std::min(left.bytes, kRangeBytes - range.bytes);
       spans_.push_back({left.data, bytes, left.part});
-      ends_.back() = spans_.size();
+      range.end += 1;
+      range.bytes += bytes;
       left = {static_cast<const char*>(left.data) + bytes, left.bytes - bytes, left.part};
-      room -= bytes;
     }
   }
-  sums_.resize(ends_.size() * mix_.words);
-  parallel_for(ends_.size(), 1, threads, [this](int64_t begin, int64_t end) {
+  sums_.resize(ranges_.size() * mix_.words);
+  parallel_for(ranges_.size(), 1, threads, [this](int64_t begin, int64_t end) {
     for (int64_t range = begin; range < end; ++range) read(range, &sums_[range * mix_.words]);
   });
 }
 
 void Fingerprint::read(int64_t range, uint64_t* sums) const {
-  for (int64_t i = range == 0 ? 0 : ends_[range - 1]; i < ends_[range]; ++i) {
+  for (int64_t i = ranges_[range].begin; i < ranges_[range].end; ++i) {
     mix_.run(spans_[i].data, spans_[i].bytes, sums);
   }
 }
 
-bool Fingerprint::matches(std::string_view chosen, int threads) const {
-  if (chosen.size() != parts_) {
-    throw std::invalid_argument("chosen: expected " + std::to_string(parts_) + " parts, got " +
-                                std::to_string(chosen.size()));
-  }
-  std::vector<int64_t> ranges;
-  for (size_t range = 0; range < ends_.size(); ++range) {
-    if (chosen[spans_[ends_[range] - 1].part]) ranges.push_back(range);
-  }
-  std::atomic<bool> same{true};
-  const auto compare = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
-      const int64_t range = ranges[i];
-      uint64_t sums[kMixWords] = {};
-      read(range, sums);
-      if (std::memcmp(sums, &sums_[range * mix_.words], mix_.words * sizeof(uint64_t)) != 0) same = false;
-    }
-  };
-  parallel_for(ranges.size(), 1, threads, compare);
-  return same.load(std::memory_order_relaxed);
+bool Fingerprint::matches(int64_t range) const {
+  uint64_t sums[kMixWords] = {};
+  read(range, sums);
+  return std::memcmp(sums, &sums_[range * mix_.words], mix_.words * sizeof(uint64_t)) == 0;
 }
 
 }  // namespace spnet::cpu

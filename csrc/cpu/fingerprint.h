@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string_view>
 #include <vector>
 
 #include "fingerprint_loop.h"
@@ -23,17 +22,29 @@ class Fingerprint {
   // Throws std::invalid_argument for a null pointer, a negative size or a part out of [0, parts).
   Fingerprint(const Span* spans, int64_t n, int64_t parts, int threads);
 
-  // Whether every byte of the chosen parts, which must still be there to be read, is what it was. A part is
-  // chosen where its char, of one for each, is not 0; another number of them throws std::invalid_argument.
-  bool matches(std::string_view chosen, int threads) const;
+  int64_t parts() const { return parts_; }
+
+  // Ranges of bytes, each in a single part and read by one thread at a time, in the order of the spans.
+  int64_t ranges() const { return ranges_.size(); }
+  int64_t part(int64_t range) const { return ranges_[range].part; }
+  int64_t bytes(int64_t range) const { return ranges_[range].bytes; }
+
+  // Whether every byte of a range, which must still be there to be read, is what it was.
+  bool matches(int64_t range) const;
 
  private:
+  struct Range {
+    int64_t begin, end;  // among the spans
+    int64_t bytes;
+    int64_t part;
+  };
+
   void read(int64_t range, uint64_t* sums) const;
 
   const MixWords& mix_;
-  const size_t parts_;
-  std::vector<Span> spans_;
-  std::vector<int64_t> ends_;   // of the range that one thread reads at a time, among spans_
+  const int64_t parts_;
+  std::vector<Span> spans_;  // none of more bytes than a range
+  std::vector<Range> ranges_;
   std::vector<uint64_t> sums_;  // of the ranges, mix_.words each
 };
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from numbers import Number
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -34,6 +35,10 @@ from spnet.routing import routed_blocks
 _PARTS = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
+# Decisions that leave no block out, for they tell of none.
+_ALL = torch.empty(0, 0, dtype=torch.bool, device="cpu")
+# Tensors of a part of what is read whatever is decided: few, so that there are soon bytes to compare.
+_FEW = 64
 
 
 class _Attributes:
@@ -52,9 +57,14 @@ class _Attributes:
         self._lists = [v for m in modules for name, v in vars(m).items() if not _is_fixed(m, name, v)]
         self._copies = copy.deepcopy(self._lists)
 
-    def unchanged(self, model: nn.Module, layouts: core.Layouts | None = None, chosen: bytes = b"") -> bool:
-        """Also of the layouts of the chosen parts."""
-        threads = torch.get_num_threads()
+    def unchanged(
+        self,
+        model: nn.Module,
+        layouts: core.Layouts | None = None,
+        fingerprint: core.Fingerprint | None = None,
+        decisions: Tensor = _ALL,
+    ) -> bool:
+        """Also of the layouts and bytes of the parts that the decisions, contiguous bool [B, L], choose."""
         if self._class() is not type(model) or self._lists != self._copies:
             return False
         if any(_code(kind()) is not code for kind, code in self._forwards):
@@ -63,7 +73,8 @@ class _Attributes:
             now = _contents(kind())
             if len(now) != len(before) or not all(map(is_, now, before)):
                 return False
-        return core.same_objects(layouts, chosen, self._facts, vars(model), threads)
+        own, threads = vars(model), torch.get_num_threads()
+        return core.unchanged(self._facts, own, layouts, fingerprint, decisions.data_ptr(), *decisions.shape, threads)
 
 
 class _Watch:
@@ -79,8 +90,10 @@ class _Watch:
     def __init__(self, model: nn.Module, attributes: _Attributes, read: set[int]):
         self._attributes = attributes
         blocks = {id(m): number for number, m in enumerate(routed_blocks(model).values())}
-        tensors: dict[int, tuple[Tensor, tuple[int, int] | None]] = {}  # with the address and bytes of its memory
-        spans: dict[tuple[int, int], int] = {}  # -> block whose body alone reads it, or L
+        # By address and bytes of the memory: the block whose body alone reads it, or L, and the tensors in it by id.
+        readers: dict[tuple[int, int], int] = {}
+        tensors: dict[tuple[int, int], dict[int, Tensor]] = {}
+        elsewhere: dict[int, Tensor] = {}
         for module, part in _readers(model, blocks, len(blocks)):
             own = {**module._parameters, **module._buffers}
             if read.isdisjoint(map(id, own.values())):
@@ -91,42 +104,52 @@ class _Watch:
                 # their version counters: where versions are all there is to compare, its own stands for theirs.
                 if t is None or (on_cpu and name == "num_batches_tracked"):
                     continue
-                span = None
-                if on_cpu:
-                    storage = t.untyped_storage()
-                    span = storage.data_ptr(), storage.nbytes()
-                    spans[span] = part if spans.get(span, part) == part else len(blocks)
-                tensors[id(t)] = t, span
-        parts: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]
-        for t, span in tensors.values():
-            parts[spans.get(span, len(blocks))].append(t)
+                if not on_cpu:
+                    elsewhere[id(t)] = t
+                    continue
+                storage = t.untyped_storage()
+                span = storage.data_ptr(), storage.nbytes()
+                readers[span] = part if readers.get(span, part) == part else len(blocks)
+                tensors.setdefault(span, {})[id(t)] = t
+        # The bodies', in the order of the decisions, and those of what is always read.
+        parts: list[list[Tensor]] = [*([] for _ in blocks), [*elsewhere.values()]]
+        table = []
+        for span, part in readers.items():
+            if part == len(blocks):
+                if len(parts[-1]) >= _FEW:
+                    parts.append([])
+                part = len(parts) - 1
+            # All that lie in one span are in one part: where they were found, it is safe to read.
+            parts[part] += tensors[span].values()
+            table.append((part, *span))
         exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
         self._layouts = None if exchange is None else core.Layouts(parts, exchange)
         self._moved = [_moved(part) for part in parts] if exchange is None else []
-        self._elsewhere = [t for t, span in tensors.values() if span is None]
+        self._elsewhere = [*elsewhere.values()]
         if any(t.is_inference() for t in self._elsewhere):
             raise LoweringError("weights made in inference mode have no version to compare with the plan's")
         self._versions = [t._version for t in self._elsewhere]
         # The version counter of PyTorch misses what is written through .data: the bytes themselves do not.
-        table = sorted((part, *span) for span, part in spans.items())
-        table = torch.tensor([(address, size, part) for part, address, size in table], dtype=torch.int64, device="cpu")
+        table = [(address, size, part) for part, address, size in sorted(table)]
+        table = torch.tensor(table, dtype=torch.int64, device="cpu")
         self._fingerprint = core.Fingerprint(table.data_ptr(), len(table), len(parts), torch.get_num_threads())
-        self._all = b"\1" * len(parts)
 
     def unchanged(self, model: nn.Module, decisions: Tensor | None = None) -> bool:
         """Whether the plan is that of the model, for samples that take these paths, bool [B, L]; by default for all."""
-        chosen = self._all
-        if decisions is not None and decisions.device.type == "cpu":  # those on a device are not waited for
-            chosen = decisions.any(0).numpy().tobytes() + b"\1"
-        threads = torch.get_num_threads()
+        if decisions is None or not decisions.is_cpu or decisions.dtype != torch.bool:
+            decisions = _ALL  # those on a device are not waited for
+        decisions = decisions.contiguous()
         return (
             not is_watched()
             and [t._version for t in self._elsewhere] == self._versions
-            and not any(moved() for moved, needed in zip(self._moved, chosen, strict=False) if needed)
-            and self._attributes.unchanged(model, self._layouts, chosen)
-            # Last: the bytes are safe to read only where the tensors still lie there.
-            and self._fingerprint.matches(chosen, threads)
+            and not (self._moved and self._has_moved(decisions))
+            and self._attributes.unchanged(model, self._layouts, self._fingerprint, decisions)
         )
+
+    def _has_moved(self, decisions: Tensor) -> bool:
+        """What ``core.unchanged`` tells of the layouts, where PyTorch is older than that."""
+        chosen = zip_longest(self._moved, decisions.any(0).tolist(), fillvalue=True)
+        return any(moved() for moved, needed in chosen if needed)
 
 
 def _readers(module: nn.Module, blocks: dict[int, int], part: int) -> Iterator[tuple[nn.Module, int]]:

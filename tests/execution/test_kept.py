@@ -269,8 +269,10 @@ def test_a_model_that_fits_no_more_is_refused(network, change, reason):
         spnet.fast_forward(network, x, impl="walk")
 
 
-def test_every_tensor_is_watched():
+@pytest.mark.parametrize("few", [1, 7, kept._FEW])
+def test_every_tensor_is_watched(monkeypatch, few):
     """One bit of one element of each, whatever its name, that inference reads; nothing of those for training."""
+    monkeypatch.setattr(kept, "_FEW", few)
     model = settle(spnet.models.SPNet([1, 2], [6, 10], num_classes=5, input_size=32, imagenet=True))
     watch = kept._Watch(model, kept._Attributes(model), tensors_of(read(model, shape_of(model))))
     state = model.state_dict()
@@ -331,6 +333,26 @@ def test_a_body_is_compared_where_it_was_executed(network, monkeypatch, impl, ta
     assert follows(3) == 4
     blocks[-1].router.fc2.bias.data[0] += 1  # of no effect where paths are forced, but it might be
     assert follows() == 5
+
+
+@pytest.mark.parametrize("tables", [True, False])
+def test_decisions_in_every_form(network, monkeypatch, tables):
+    if not tables:
+        monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    watch = _watch_all(network)
+    paths = _paths(network, 0, 1, 3)
+    read_none, read_all = torch.zeros_like(paths), torch.ones_like(paths)
+    weight = list(routed_blocks(network).values())[2].body[0].weight
+    weight.data = 2 * weight.data
+    for others in (paths, paths.T.contiguous().T, paths.repeat(1, 2)[:, : paths.shape[1]], paths[:0], read_none):
+        assert watch.unchanged(network, others)
+    paths[1, 2] = True
+    for some in (paths, paths.T.contiguous().T, read_all, None):
+        assert not watch.unchanged(network, some)
+    for unknown in (read_none.to("meta"), read_none.float()):
+        assert not watch.unchanged(network, unknown)
+    network.heads[-1].bias.data[0] += 1
+    assert not watch.unchanged(network, read_none)
 
 
 @pytest.mark.parametrize("share", ["parameter", "storage", "module"])
