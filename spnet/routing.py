@@ -306,7 +306,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: no module.
     """
-    model = getattr(_checked(model), "_orig_mod", model)
+    if "_orig_mod" in _checked(model)._modules:
+        model = model._orig_mod
     return model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
 
 
