@@ -224,7 +224,7 @@ def check_sum(shortcut: Tensor, body: Tensor) -> None:
     if torch.jit.is_tracing():
         return
     given, expected = body.shape[1:], shortcut.shape[1:]
-    if len(given) > len(expected) or any(g not in (1, e) for g, e in zip(given[::-1], expected[::-1], strict=False)):
+    if len(given) > len(expected) or any(g != 1 and g != e for g, e in zip(given[::-1], expected[::-1], strict=False)):
         raise ValueError(f"body: expected samples of the shortcut's shape {list(expected)}, got {list(given)}")
 
 
