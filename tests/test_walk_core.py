@@ -279,7 +279,8 @@ def precisions():
     before = core.cpu_level()
     for level in core.cpu_levels():
         core.set_cpu_level(level)
-        yield pytest.param((level, core.Precision.float32), id=f"{level}-float32")
+        if level != "amx":  # whose float32 is that of the level below
+            yield pytest.param((level, core.Precision.float32), id=f"{level}-float32")
         if core.has_bfloat16():
             yield pytest.param((level, core.Precision.bfloat16), id=f"{level}-bfloat16")
     core.set_cpu_level(before)
@@ -435,7 +436,7 @@ def test_infinity_stays_in_its_channel(precision, channels):
         logits, _ = run(make_plan(network, precision), network, x, paths)
         expected, _ = network.reference(x, paths)
         assert torch.equal(logits.isfinite(), expected.isfinite())
-        if core.cpu_level() != "amx" or precision == core.Precision.float32:  # there 0 * inf = NaN may be added
+        if core.cpu_level() != "amx":  # there 0 * inf = NaN may be added
             assert torch.equal(logits.isnan(), expected.isnan())
 
 
