@@ -114,7 +114,7 @@ class Finish {
         to_(static_cast<char*>(conv.out.data) +
             (group * conv.out.plane + begin * conv.out.row) * sizeof(Element)),
         rows_left_(end - begin),
-        row_sum_(conv.row_sums + begin * conv.vectors * kLanes + group * kTileOutputs),
+        row_sum_(kRowSums ? conv.row_sums + begin * conv.vectors * kLanes + group * kTileOutputs : nullptr),
         least_(_mm512_set1_ps(conv.relu ? 0.f : -__builtin_inff())) {
     const float* const bias = conv.bias + group * kTileOutputs;
     bias_[0] = load(bias);

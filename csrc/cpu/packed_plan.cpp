@@ -81,8 +81,7 @@ PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats,
       winograd(kernels(precision).winograd),
       ops(kernels(precision).ops) {
   for (const PlanConv& conv : plan.stem) stem.push_back(pack(floats, conv));
-  const int64_t stem_row =
-      vectors(plan.channels) * conv.vector * plan.stem.back().out_width * element_bytes();
+  const int64_t stem_row = row_bytes(plan.channels, plan.stem.back().out_width);
   stem_strip = std::max<int64_t>(kStripBytes / stem_row / 2, 4);
   int64_t height = plan.height, width = plan.width;
   for (const PlanBlock& block : plan.blocks) {
@@ -98,21 +97,18 @@ PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats,
 PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_t height, int64_t width) {
   PackedBlock block{};
   block.shape = shape;
-  const auto row = [&](int64_t channels, int64_t width) {
-    return vectors(channels) * conv.vector * width * element_bytes();
-  };
-  int64_t weight_bytes = 0, reach = 0, row_bytes = row(shape.cin(), width) * shape.stride;
+  int64_t weight_bytes = 0, reach = 0, rows_bytes = row_bytes(shape.cin(), width) * shape.stride;
   for (const PlanConv& conv : shape.body) {
     block.body.push_back(pack(floats, conv));
     weight_bytes += block.body.back().bytes;
-    row_bytes += row(conv.cout, conv.out_width);
+    rows_bytes += row_bytes(conv.cout, conv.out_width);
     block.squeezes |= conv.squeeze.width > 0;
     if (&conv != &shape.body.front()) reach += conv.kernel / 2;
   }
   if (shape.is_projection()) block.projection = pack(floats, shape.projection);
   // In place, a row must not be written before the first convolution has read it.
   const bool in_strips = !block.squeezes && reach >= shape.body.front().kernel / 2;
-  block.strip = in_strips ? std::max<int64_t>(kStripBytes / row_bytes, 4) : shape.out_height();
+  block.strip = in_strips ? std::max<int64_t>(kStripBytes / rows_bytes, 4) : shape.out_height();
   block.is_heavy = weight_bytes > std::max(kWeightBytes, map_bytes(shape.cin(), height, width));
   const PlanRouter& router = shape.router;
   block.router = pack_linear(floats, router.weight1, router.bias1, router.cin, router.width);
@@ -243,6 +239,10 @@ Linear PackedPlan::pack_linear(const float* floats, int64_t weight, int64_t bias
     for (int64_t i = 0; i < inputs; ++i) column[i * lanes] = floats[weight + o * inputs + i];
   }
   return {to, pack_vector(floats + bias, outputs), inputs, outputs};
+}
+
+int64_t PackedPlan::row_bytes(int64_t channels, int64_t width) const {
+  return vectors(channels) * conv.vector * width * element_bytes();
 }
 
 int64_t PackedPlan::map_bytes(int64_t channels, int64_t height, int64_t width) const {

@@ -116,6 +116,7 @@ class PackedPlan {
 
  private:
   int64_t vectors(int64_t channels) const { return planes(channels) * conv.lanes_of(channels) / conv.vector; }
+  int64_t row_bytes(int64_t channels, int64_t width) const;  // without a halo
   int64_t map_bytes(int64_t channels, int64_t height, int64_t width) const;
   const float* pack_vector(const float* values, int64_t n);
   PackedConv pack(const float* floats, const PlanConv& conv);
