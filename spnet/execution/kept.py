@@ -52,9 +52,10 @@ class _Attributes:
         self._forwards = [(ref(kind), _code(kind)) for kind in kinds]
         own = {each for kind in kinds for each in kind.__mro__ if _is_own(each)}
         self._classes = [(ref(each), _contents(each)) for each in own]
+        lists = [v for each in own for v in vars(each).values() if not _is_plain(v) and _is_list(v)]
         # In lists, of which each thread takes the next.
         self._facts = core.Facts([list(_facts(modules[i : i + 64], model)) for i in range(0, len(modules), 64)])
-        self._lists = [v for m in modules for name, v in vars(m).items() if not _is_fixed(m, name, v)]
+        self._lists = lists + [v for m in modules for name, v in vars(m).items() if not _is_fixed(m, name, v)]
         self._copies = copy.deepcopy(self._lists)
 
     def unchanged(
@@ -94,6 +95,8 @@ class _Watch:
         readers: dict[tuple[int, int], int] = {}
         tensors: dict[tuple[int, int], dict[int, Tensor]] = {}
         elsewhere: dict[int, Tensor] = {}
+        # Held, for they are read without Python's lock; nor is their address given to others that are shorter.
+        self._storages: list[torch.UntypedStorage] = []
         for module, part in _readers(model, blocks, len(blocks)):
             own = {**module._parameters, **module._buffers}
             if read.isdisjoint(map(id, own.values())):
@@ -108,6 +111,7 @@ class _Watch:
                     elsewhere[id(t)] = t
                     continue
                 storage = t.untyped_storage()
+                self._storages.append(storage)
                 span = storage.data_ptr(), storage.nbytes()
                 readers[span] = part if readers.get(span, part) == part else len(blocks)
                 tensors.setdefault(span, {})[id(t)] = t
@@ -171,13 +175,14 @@ def _is_own(kind: type) -> bool:
 
 
 def _contents(kind: type | None) -> list:
-    """What the methods of a class run, and its plain attributes."""
+    """What the methods of a class run, and its attributes that are plain or lists of plain values."""
     found = []
     for value in vars(kind).values() if kind is not None else ():
         function = getattr(value, "__func__", getattr(value, "fget", value))
         if isinstance(function, FunctionType):
-            found += [function.__code__, function.__defaults__ if _is_plain(function.__defaults__) else ...]
-        elif _is_plain(value):
+            defaults = function.__defaults__, *(function.__kwdefaults__ or {}).values()
+            found += [function.__code__, *(each if _is_plain(each) else ... for each in defaults)]
+        elif _is_plain(value) or _is_list(value):
             found.append(value)
     return found
 
@@ -197,8 +202,8 @@ def _facts(modules: list[nn.Module], model: nn.Module) -> Iterator:
             held = held or (not _is_fixed(m, name, value) and _is_list(value))
             yield from (name, value if held else ...)
         for name in _PARTS:
-            # Without children or weights it belongs to a module that asks for none.
-            if attributes[name]:
+            # Without weights it belongs to a module that asks for none; a Sequential may get children.
+            if attributes[name] or name == "_modules":
                 yield attributes[name]
                 for entry in attributes[name].items():
                     yield from entry

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import spnet
 from spnet.execution import kept
@@ -162,19 +163,26 @@ def test_the_plan_follows_the_forward_of_a_class(network, in_place):
 def test_the_plan_follows_what_a_forward_calls(network):
     class Head(nn.Linear):
         which = "weight"
+        names = {"other": "other"}
 
         def forward(self, x):
-            return self.product(x, getattr(self, self.which))
+            return self.product(x, getattr(self, self.names.get(self.which, self.which)))
 
-        def product(self, x, weight):
-            return F.linear(x, weight, self.bias)
+        def product(self, x, weight, *, name=None):
+            return F.linear(x, getattr(self, name) if name else weight, self.bias)
 
     network.heads[-1] = Head(64, 10).eval()
     network.heads[-1].other = nn.Parameter(torch.randn(10, 64))
     x = torch.randn(3, 1, 32, 32)
-    for change in ({}, {"which": "other"}, {"product": lambda self, x, weight: F.linear(x, self.weight, self.bias)}):
-        for name, value in change.items():
-            setattr(Head, name, value)
+    for change in (
+        lambda: None,
+        lambda: setattr(Head, "which", "other"),
+        lambda: Head.names.update(other="weight"),
+        lambda: setattr(Head, "names", {}),
+        lambda: Head.product.__kwdefaults__.update(name="weight"),
+        lambda: setattr(Head, "product", lambda self, x, weight: F.linear(x, weight, self.bias)),
+    ):
+        change()
         assert spnet.explain(network, x).impl == "walk"
         expected = spnet.fast_forward(network, x, impl="masked")
         torch.testing.assert_close(spnet.fast_forward(network, x), expected, rtol=1e-4, atol=1e-4)
@@ -373,6 +381,27 @@ def test_what_two_places_share_belongs_to_both(network, share):
         after = spnet.fast_forward(network, x, paths=paths)
         assert not torch.equal(before[0], after[0])
         assert torch.equal(after, spnet.lower(network)(x, paths=paths))
+
+
+def test_children_of_an_empty_sequential(network):
+    """The shortcut of many an identity block."""
+    block, x = network.features.stage1[1], torch.randn(2, 1, 32, 32)
+    block.shortcut = nn.Sequential().eval()
+    spnet.fast_forward(network, x)
+    block.shortcut.append(nn.Conv2d(16, 16, 1).eval())
+    expected = spnet.fast_forward(network, x, impl="masked")
+    torch.testing.assert_close(spnet.fast_forward(network, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_is_held_until_it_is_compared(network):
+    """It is read without Python's lock, while another thread may replace the weight."""
+    x, weight = torch.randn(2, 1, 32, 32), network.heads[-1].weight
+    spnet.fast_forward(network, x, impl="walk")
+    memory = StorageWeakRef(weight.untyped_storage())
+    weight.data = weight.data.clone()
+    assert not memory.expired()
+    spnet.fast_forward(network, x, impl="walk")
+    assert memory.expired()
 
 
 def test_memory_that_moves(network):
