@@ -256,6 +256,9 @@ NETWORKS = {
     # are large, for many tiles and for few.
     "tiles": Network(20, (15, 13), 24, [Block(24, 40, 24), Block(24, 17, 40, 1, PROJECTION), Block(40, 33, 40)]),
     "large-weights": Network(1, (13, 14), 136, [Block(136, 136, 136), Block(136, 184, 184, 2, PROJECTION)]),
+    # Maps of few channels behind a stride of 2, by strips and with weights that are large.
+    "narrow-strips": Network(1, (97, 97), 16, [Block(16, 24, 10, 2, PROJECTION, strided=1)]),
+    "narrow-heavy": Network(1, (7, 5), 300, [Block(300, 256, 10, 2, PROJECTION)]),
     "heavy-squeezes": Network(
         1,
         (7, 5),
@@ -403,12 +406,14 @@ def test_bfloat16_pixels(network, precision):
 def test_a_workspace_carries_nothing_over(network, precision):
     """Not even NaN: halos and channels beyond a map's own stay clean."""
     plan, x = make_plan(network, precision), network.input(3)
-    expected = run(plan, network, x)
+    everything = torch.ones(3, len(network.blocks), dtype=torch.bool)
+    expected = [(paths, run(plan, network, x, paths)) for paths in (None, everything)]
     for bad in (torch.nan, torch.inf, -torch.inf):
-        run(plan, network, torch.full_like(x, bad), paths=torch.ones(3, len(network.blocks), dtype=torch.bool))
-        got = run(plan, network, x)
-        assert torch.equal(got[0], expected[0])
-        assert torch.equal(got[1], expected[1])
+        for paths, (logits, decisions) in expected:
+            run(plan, network, torch.full_like(x, bad), everything)
+            got = run(plan, network, x, paths)
+            assert torch.equal(got[0], logits)
+            assert torch.equal(got[1], decisions)
 
 
 def test_nan_flows(network, precision):

@@ -12,8 +12,9 @@
 
 namespace spnet::cpu {
 
-// What a convolution may read behind the last pixel of a map, in pixels.
-constexpr int64_t kSlackPixels = 32;
+// What a convolution may read behind the last pixel of a map, in pixels: 15 of the 16 rows of a tile may lie
+// behind it, each of two pixels of which every other one is read, and the taps of the last.
+constexpr int64_t kSlackPixels = 15 * 4 + 12;
 
 // Of the image that a convolution of 7x7 reads: as many as it has channels, or its pixels would be mostly
 // zeros.

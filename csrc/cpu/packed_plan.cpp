@@ -105,11 +105,15 @@ PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_
     block.squeezes |= conv.squeeze.width > 0;
     if (&conv != &shape.body.front()) reach += conv.kernel / 2;
   }
-  if (shape.is_projection()) block.projection = pack(floats, shape.projection);
   // In place, a row must not be written before the first convolution has read it.
   const bool in_strips = !block.squeezes && reach >= shape.body.front().kernel / 2;
   block.strip = in_strips ? std::max<int64_t>(kStripBytes / rows_bytes, 4) : shape.out_height();
   block.is_heavy = weight_bytes > std::max(kWeightBytes, map_bytes(shape.cin(), height, width));
+  if (shape.is_projection()) {
+    PlanConv projection = shape.projection;
+    if (block.is_heavy) projection.stride = 1;  // of pixels that are gathered
+    block.projection = pack(floats, projection);
+  }
   const PlanRouter& router = shape.router;
   block.router = pack_linear(floats, router.weight1, router.bias1, router.cin, router.width);
   block.router_weight2 = pack_vector(floats + router.weight2, router.width);

@@ -407,10 +407,10 @@ class Walk {
       return skips[sample] ? workspace_.samples[sample].row_sums : nullptr;
     };
     if (block.shape.is_projection()) {
-      PackedConv conv = block.projection;
+      const PackedConv& conv = block.projection;
       // Its pixels, one of four, are read again for every group of outputs: of heavy blocks from their own
       // map.
-      const bool gathers = averages(block) || (block.is_heavy && conv.shape.stride > 1);
+      const bool gathers = averages(block) || (block.is_heavy && block.shape.stride > 1);
       if (gathers) {
         for (int64_t i = 0; i < n; ++i) {
           const MapBuffer& state = workspace_.samples[samples[i]].state;
@@ -422,7 +422,6 @@ class Walk {
             run_pad(block.shape, state, gathered, conv.shape.cin, begin, end, nullptr);
           }
         }
-        conv.shape.stride = 1;
       }
       run_conv(conv, n, begin, end, false, [&](int64_t i) {
         const Workspace::Sample& sample = workspace_.samples[samples[i]];
@@ -518,7 +517,10 @@ class Walk {
       needed[last] = std::min(done[last] + strip, height);
       for (int64_t j = last; j > 0; --j) {
         // Even: a tile of Winograd's is two rows.
-        const int64_t rows = ((needed[j] - 1) * body[j].stride + 2 + body[j].kernel / 2) / 2 * 2;
+        int64_t rows = ((needed[j] - 1) * body[j].stride + 2 + body[j].kernel / 2) / 2 * 2;
+        // A tile of a stride of 2 also meets the next row's first pixels, with weights of zero: they must be
+        // numbers.
+        rows += plan_.conv.tiles && body[j].stride > 1;
         needed[j - 1] = block.squeezes ? body[j - 1].out_height : std::min(rows, body[j - 1].out_height);
       }
       for (int64_t j = 0; j <= last; ++j) {
