@@ -259,7 +259,8 @@ bool unchanged(Facts& facts, const py::dict& own, const Layouts* layouts,
   }
 
   std::atomic<bool> same{true};
-  // Parts below this one may be read: their tensors were found where they lay, in memory that the caller holds.
+  // Parts below this one may be read: their tensors were found where they lay, in memory that the caller
+  // holds.
   std::atomic<int64_t> found{layouts == nullptr ? parts : 0};
   const auto compare = [&](int64_t range) {
     for (cpu::Spin spin; found.load(std::memory_order_acquire) <= fingerprint->part(range); spin.wait()) {

@@ -164,6 +164,6 @@ void run(const Conv& conv, const Part& part) {
 
 }  // namespace
 
-const ConvFunctions conv_functions = {kLanes, kLanes, kGroup, kWordChannels, false, false, nullptr, run};
+const ConvFunctions conv_functions = {kLanes, kLanes, kGroup, kWordChannels, false, 1, nullptr, run};
 
 }  // namespace spnet::cpu::SPNET_LEVEL

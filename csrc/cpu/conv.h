@@ -39,7 +39,7 @@ struct Conv {
       weight;  // [group][planes][kernel][words of the lanes][kernel][outputs of the group];
                // for ConvFunctions::tiles [group][planes][kernel][words: pixels, lanes][kTileOutputs] with
                // zeros to whole kTileWords;
-               // for ConvFunctions::winograd [group][places][channels][outputs of the group], transformed
+               // by Winograd [group][places][channels][outputs of the group], transformed
   const float* bias;      // [vectors * kLanes]
   int64_t cin, kernel;    // channels; 1, 3, or 7 with a stride of 2
   int64_t stride;         // 1 or 2
@@ -62,7 +62,8 @@ struct ConvFunctions {
   int group;          // vectors of output channels that are computed together
   int word_channels;  // 1: maps and weights are float32; 2: they are bfloat16, weights in pairs of channels
   bool tiles;         // matrix registers, which read all lanes and whole pairs of pixels
-  bool winograd;      // 3x3 of stride 1 alone (see winograd.h), and parts share no work
+  int side;           // 1: direct; else by Winograd's tiles of so many rows, 3x3 of stride 1 alone (see
+                      // winograd.h): a part that does not begin with a tile computes its other rows as well
 
   int64_t (*scratch)(int64_t cin);  // floats; null: none
   // Any division into parts gives the same bits.

@@ -308,6 +308,6 @@ float multiply_only(int64_t repetitions) {
 
 const FmaLoop fma_loop = {2.0 * 4 * kTile * kLanes * kChunk, multiply_only};
 
-const ConvFunctions conv_functions = {kLanes, kTileOutputs, 2, kWordChannels, true, false, nullptr, run};
+const ConvFunctions conv_functions = {kLanes, kTileOutputs, 2, kWordChannels, true, 1, nullptr, run};
 
 }  // namespace spnet::cpu::SPNET_LEVEL

@@ -23,17 +23,18 @@ Kernels kernels(Precision precision) {
     }
 #ifdef SPNET_AMX_KERNELS
     if (level() == Level::amx) {
-      return {amx_bf16::conv_functions, nullptr, avx512_bf16::walk_ops, amx_bf16::fma_loop};
+      return {amx_bf16::conv_functions, nullptr, nullptr, avx512_bf16::walk_ops, amx_bf16::fma_loop};
     }
 #endif
 #ifdef SPNET_BFLOAT16_KERNELS
-    return {avx512_bf16::conv_functions, nullptr, avx512_bf16::walk_ops, avx512_bf16::fma_loop};
+    return {avx512_bf16::conv_functions, nullptr, nullptr, avx512_bf16::walk_ops, avx512_bf16::fma_loop};
 #endif
   }
   switch (level()) {
-#define SPNET_CASE(name) \
-  case Level::name:      \
-    return {name::conv_functions, &name::winograd_functions, name::walk_ops, name::fma_loop};
+#define SPNET_CASE(name)                                                                                  \
+  case Level::name:                                                                                       \
+    return {name::conv_functions, &name::winograd2_functions, &name::winograd4_functions, name::walk_ops, \
+            name::fma_loop};
     SPNET_FOR_EACH_LEVEL(SPNET_CASE)
 #undef SPNET_CASE
   }

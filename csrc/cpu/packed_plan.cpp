@@ -31,8 +31,10 @@ constexpr int64_t kStripBytes = 512 << 10;
 constexpr int64_t kWinogradChannels = 16;
 constexpr int64_t kWinogradTiles = 4;
 constexpr int64_t kWinogradTilesOfLargeWeights = 16;
-// For each tile: more come slower from memory than they are multiplied.
+// For each tile: more come slower from memory than they are multiplied; of the larger tile than those of the
+// smaller one.
 constexpr int64_t kStreamedBytes = 128 << 10;
+constexpr int64_t kLargeTileBytes = 64 << 10;
 
 // Behind each buffer of a workspace, so that AddressSanitizer sees who writes beyond it.
 #ifdef __SANITIZE_ADDRESS__
@@ -47,8 +49,34 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 
 int64_t whole_lines(int64_t bytes) { return round_up(bytes, kLineBytes); }
 
-int64_t winograd_tiles(const PlanConv& conv) {
-  return (conv.out_height + 1) / 2 * ((conv.out_width + 1) / 2);
+// Rows whose bytes stay in cache: whole tiles of Winograd's.
+int64_t strip_of(int64_t row_bytes) { return std::max<int64_t>(kStripBytes / row_bytes / 4, 1) * 4; }
+
+int64_t winograd_tiles(const PlanConv& conv, int side) {
+  return (conv.out_height + side - 1) / side * ((conv.out_width + side - 1) / side);
+}
+
+int64_t winograd_bytes(const PlanConv& conv, int side) {
+  return winograd_places(side) * conv.cin * conv.cout * sizeof(float);
+}
+
+// One side of a kernel, of three numbers, at the points of winograd.h.
+void transform_kernel(int side, const double* kernel, double* places, int64_t step) {
+  constexpr double one = 1;
+  const double* const points = side == 2 ? &one : kWinogradPoints;
+  places[0] = kernel[0];
+  for (int i = 0; i < side / 2; ++i) {
+    const double square = points[i] * points[i];
+    places[0] /= square;
+    double scale = 2 * square;
+    for (int j = 0; j < side / 2; ++j) {
+      if (j != i) scale *= square - points[j] * points[j];
+    }
+    const double even = (kernel[0] + square * kernel[2]) / scale, odd = points[i] * kernel[1] / scale;
+    places[(2 * i + 1) * step] = even + odd;
+    places[(2 * i + 2) * step] = even - odd;
+  }
+  places[(side + 1) * step] = kernel[2];
 }
 
 }  // namespace
@@ -65,11 +93,16 @@ AlignedFloats::AlignedFloats(int64_t size) {
   std::memset(data_.get(), 0, bytes);
 }
 
-bool suits_winograd(const PlanConv& conv) {
-  const int64_t tiles = winograd_tiles(conv);
-  const int64_t bytes = kWinogradPlaces * conv.cin * conv.cout * sizeof(float);
-  return conv.kernel == 3 && conv.stride == 1 && std::min(conv.cin, conv.cout) >= kWinogradChannels &&
-         tiles >= kWinogradTiles && (bytes <= kWeightBytes || tiles >= kWinogradTilesOfLargeWeights);
+const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv) {
+  const int64_t tiles = winograd_tiles(conv, 2), large_tiles = winograd_tiles(conv, 4);
+  const bool suits = kernels.winograd2 != nullptr && conv.kernel == 3 && conv.stride == 1 &&
+                     std::min(conv.cin, conv.cout) >= kWinogradChannels && tiles >= kWinogradTiles &&
+                     (winograd_bytes(conv, 2) <= kWeightBytes || tiles >= kWinogradTilesOfLargeWeights);
+  if (!suits) return kernels.conv;
+  // Three quarters of the products at most.
+  const bool saves = 4 * winograd_places(4) * large_tiles <= 3 * winograd_places(2) * tiles;
+  return saves && winograd_bytes(conv, 4) <= kLargeTileBytes * large_tiles ? *kernels.winograd4
+                                                                           : *kernels.winograd2;
 }
 
 PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t n_floats,
@@ -77,12 +110,12 @@ PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats,
     : plan(read_plan(ints, n_ints, floats, n_floats)),
       level(cpu::level()),
       precision(precision),
-      conv(kernels(precision).conv),
-      winograd(kernels(precision).winograd),
-      ops(kernels(precision).ops) {
+      kernels(cpu::kernels(precision)),
+      conv(kernels.conv),
+      ops(kernels.ops) {
   for (const PlanConv& conv : plan.stem) stem.push_back(pack(floats, conv));
   const int64_t stem_row = row_bytes(plan.channels, plan.stem.back().out_width);
-  stem_strip = std::max<int64_t>(kStripBytes / stem_row / 2, 4);
+  stem_strip = strip_of(stem_row * 2);
   int64_t height = plan.height, width = plan.width;
   for (const PlanBlock& block : plan.blocks) {
     blocks.push_back(pack(floats, block, height, width));
@@ -107,11 +140,11 @@ PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_
   }
   // In place, a row must not be written before the first convolution has read it.
   const bool in_strips = !block.squeezes && reach >= shape.body.front().kernel / 2;
-  block.strip = in_strips ? std::max<int64_t>(kStripBytes / rows_bytes, 4) : shape.out_height();
+  block.strip = in_strips ? strip_of(rows_bytes) : shape.out_height();
   block.is_heavy = weight_bytes > std::max(kWeightBytes, map_bytes(shape.cin(), height, width));
   if (shape.is_projection()) {
     PlanConv projection = shape.projection;
-    if (block.is_heavy) projection.stride = 1;  // of pixels that are gathered
+    if (block.gathers()) projection.stride = 1;
     block.projection = pack(floats, projection);
   }
   const PlanRouter& router = shape.router;
@@ -122,15 +155,17 @@ PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_
 }
 
 PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
-  const bool suits = winograd != nullptr && suits_winograd(shape);
+  const ConvFunctions& functions = choose_conv(kernels, shape);
+  const int side = functions.side;
   const float* weight = floats + shape.weight;
-  const int64_t bytes = suits        ? pack_winograd(weight, shape)
-                        : conv.tiles ? pack_tiles(weight, shape)
-                                     : pack_direct(weight, shape);
-  const ConvFunctions& functions = suits ? *winograd : conv;
-  if (suits) scratch_bytes_ = std::max<int64_t>(scratch_bytes_, functions.scratch(shape.cin) * sizeof(float));
+  const int64_t bytes = side > 1          ? pack_winograd(weight, shape, side)
+                        : functions.tiles ? pack_tiles(weight, shape)
+                                          : pack_direct(weight, shape);
+  if (side > 1) {
+    scratch_bytes_ = std::max<int64_t>(scratch_bytes_, functions.scratch(shape.cin) * sizeof(float));
+  }
   const float* packed = packed_.back().get();
-  const bool streams = suits && bytes > kStreamedBytes * winograd_tiles(shape);
+  const bool streams = side > 1 && bytes > kStreamedBytes * winograd_tiles(shape, side);
   const float* bias = pack_vector(floats + shape.bias, shape.cout);
   PackedConv result{&functions, packed, bias, shape, vectors(shape.cout), bytes, streams, {}, {}};
   const PlanSqueeze& squeeze = shape.squeeze;
@@ -141,29 +176,27 @@ PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
   return result;
 }
 
-int64_t PackedPlan::pack_winograd(const float* weight, const PlanConv& shape) {
-  // In double precision, so that the result is rounded once.
-  const auto transform = [](double first, double second, double third, double* to, int64_t step) {
-    to[0] = first;
-    to[step] = (first + second + third) / 2;
-    to[2 * step] = (first - second + third) / 2;
-    to[3 * step] = third;
-  };
-  const int64_t lanes = conv.vector, outputs = vectors(shape.cout) * lanes;
-  packed_.emplace_back(kWinogradPlaces * outputs * shape.cin);
+int64_t PackedPlan::pack_winograd(const float* weight, const PlanConv& shape, int side) {
+  const int64_t lanes = conv.vector, outputs = vectors(shape.cout) * lanes, reach = side + 2;
+  const int64_t n_places = winograd_places(side);
+  packed_.emplace_back(n_places * outputs * shape.cin);
   float* const packed = packed_.back().get();
   for (int64_t o = 0; o < shape.cout; ++o) {
     const int64_t first = o / (conv.group * lanes) * conv.group * lanes;
     const int64_t n = std::min(conv.group * lanes, outputs - first);
-    float* const to = packed + kWinogradPlaces * first * shape.cin + o - first;
+    float* const to = packed + n_places * first * shape.cin + o - first;
     for (int64_t c = 0; c < shape.cin; ++c, weight += 9) {
-      double columns[4][3], places[kWinogradPlaces];
-      for (int x = 0; x < 3; ++x) transform(weight[x], weight[3 + x], weight[6 + x], &columns[0][x], 3);
-      for (int y = 0; y < 4; ++y) transform(columns[y][0], columns[y][1], columns[y][2], places + 4 * y, 1);
-      for (int i = 0; i < kWinogradPlaces; ++i) to[(i * shape.cin + c) * n] = static_cast<float>(places[i]);
+      // In double precision, so that the result is rounded once.
+      double columns[6][3], places[winograd_places(4)];
+      for (int x = 0; x < 3; ++x) {
+        const double column[] = {weight[x], weight[3 + x], weight[6 + x]};
+        transform_kernel(side, column, &columns[0][x], 3);
+      }
+      for (int64_t y = 0; y < reach; ++y) transform_kernel(side, columns[y], places + reach * y, 1);
+      for (int64_t i = 0; i < n_places; ++i) to[(i * shape.cin + c) * n] = static_cast<float>(places[i]);
     }
   }
-  return kWinogradPlaces * outputs * shape.cin * sizeof(float);
+  return n_places * outputs * shape.cin * sizeof(float);
 }
 
 int64_t PackedPlan::pack_direct(const float* weight, const PlanConv& shape) {

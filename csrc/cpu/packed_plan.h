@@ -27,10 +27,10 @@ class AlignedFloats {
   std::unique_ptr<float, Free> data_;
 };
 
-// Whether Winograd's way is the faster one: not with few channels, which would not pay for the
+// The fastest of them. Winograd's ways are not with few channels, which would not pay for the
 // transformations, nor on maps that tiles do not cover well, nor where weights come from memory for a few
 // tiles.
-bool suits_winograd(const PlanConv& conv);
+const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv);
 
 // Of one thread at once.
 constexpr int64_t kMostSamples = 8;
@@ -56,6 +56,10 @@ struct PackedBlock {
   Linear router;
   const float* router_weight2;
   float router_bias2;
+
+  // The pixels of a projection, one of four, are read again for every group of outputs: of heavy blocks from
+  // a map of their own, as means are.
+  bool gathers() const { return shape.shortcut == Shortcut::pooled || (is_heavy && shape.stride > 1); }
 };
 
 // A feature map in a buffer that is large enough for every map that will stand in it.
@@ -89,8 +93,8 @@ class PackedPlan {
   const Plan plan;
   const Level level;
   const Precision precision;
+  const Kernels kernels;
   const ConvFunctions& conv;
-  const ConvFunctions* winograd;  // null: there is none
   const WalkOps& ops;
   std::vector<PackedConv> stem;
   int64_t stem_strip;  // rows of the pooled map that are computed together
@@ -122,7 +126,7 @@ class PackedPlan {
   PackedConv pack(const float* floats, const PlanConv& conv);
   int64_t pack_direct(const float* weight, const PlanConv& conv);
   int64_t pack_tiles(const float* weight, const PlanConv& conv);
-  int64_t pack_winograd(const float* weight, const PlanConv& conv);
+  int64_t pack_winograd(const float* weight, const PlanConv& conv, int side);
   // The word of one output; `step` to the next channel, of which `left` follow.
   void pack_word(const float* channels, int64_t step, int64_t left, float* to) const;
   Linear pack_linear(const float* floats, int64_t weight, int64_t bias, int64_t inputs, int64_t outputs);

@@ -62,18 +62,18 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
   shape.out_height = height;
   shape.out_width = width;
   const Kernels set = kernels(precision);
-  const bool winograd = set.winograd != nullptr && suits_winograd(shape);
-  const ConvFunctions& functions = winograd ? *set.winograd : set.conv;
+  const ConvFunctions& functions = choose_conv(set, shape);
   const int64_t lanes = functions.lanes_of(channels), planes = (channels + lanes - 1) / lanes;
   const int64_t vectors = planes * lanes / functions.vector;
   const int64_t row = functions.row(width + 2, lanes), plane = (height + 2) * row;
   // As many as any kernel reads of zeros.
   const int64_t most = (channels + kTileOutputs - 1) / kTileOutputs * kTileOutputs;
-  const AlignedFloats weight(most * most * kWinogradPlaces), bias(most);
+  const AlignedFloats weight(most * most * winograd_places(4)), bias(most);
   std::deque<AlignedFloats> maps, scratch;
   for (int i = 0; i < 2 * threads; ++i)
     maps.emplace_back((planes * plane + kSlackPixels * lanes) / functions.word_channels);
-  for (int i = 0; i < threads; ++i) scratch.emplace_back(winograd ? functions.scratch(channels) : 0);
+  for (int i = 0; i < threads; ++i)
+    scratch.emplace_back(functions.side > 1 ? functions.scratch(channels) : 0);
   std::atomic<int> next{0};
   return measure(threads, seconds, 18.0 * channels * channels * height * width, [&] {
     const int i = next.fetch_add(2);

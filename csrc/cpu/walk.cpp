@@ -316,10 +316,10 @@ class Walk {
     phase.first_row = begin;
     phase.last_row = end;
     phase.groups = (conv.vectors + conv.functions->group - 1) / conv.functions->group;
-    phase.step = conv.functions->winograd ? 2 : 1;
+    phase.step = conv.functions->side;
     phase.run = conv.functions->run;
     // Winograd's transformation of the inputs is work that only the groups of one part share.
-    phase.by_group = conv.functions->winograd
+    phase.by_group = conv.functions->side > 1
                          ? crew_.parts() > n * phase.steps() || (conv.streams && n > 1)
                          : conv.bytes > n * first.in.planes * plane(first.in) * plan_.element_bytes();
     share(phase.units(), phase);
@@ -408,9 +408,7 @@ class Walk {
     };
     if (block.shape.is_projection()) {
       const PackedConv& conv = block.projection;
-      // Its pixels, one of four, are read again for every group of outputs: of heavy blocks from their own
-      // map.
-      const bool gathers = averages(block) || (block.is_heavy && block.shape.stride > 1);
+      const bool gathers = block.gathers();
       if (gathers) {
         for (int64_t i = 0; i < n; ++i) {
           const MapBuffer& state = workspace_.samples[samples[i]].state;
@@ -516,11 +514,12 @@ class Walk {
     while (done[last] < height) {
       needed[last] = std::min(done[last] + strip, height);
       for (int64_t j = last; j > 0; --j) {
-        // Even: a tile of Winograd's is two rows.
-        int64_t rows = ((needed[j] - 1) * body[j].stride + 2 + body[j].kernel / 2) / 2 * 2;
-        // A tile of a stride of 2 also meets the next row's first pixels, with weights of zero: they must be
-        // numbers.
-        rows += plan_.conv.tiles && body[j].stride > 1;
+        const int64_t side = block.body[j - 1].functions->side;
+        // The last row, counted from 0; by matrix registers a stride of 2 may also read the next one's first
+        // pixels, which have weights of zero and so must be numbers.
+        const bool beyond = plan_.conv.tiles && body[j].stride > 1;
+        const int64_t last_row = (needed[j] - 1) * body[j].stride + body[j].kernel / 2 + beyond;
+        const int64_t rows = (last_row / side + 1) * side;
         needed[j - 1] = block.squeezes ? body[j - 1].out_height : std::min(rows, body[j - 1].out_height);
       }
       for (int64_t j = 0; j <= last; ++j) {

@@ -25,14 +25,61 @@ constexpr int kMaxTiles[] = {8, 5};  // of 16 registers, with products that need
 // Tiles whose products are computed together: few, to stay in cache; more where weights come from farther.
 int64_t most_tiles(int64_t cin) { return cin < 128 ? 16 : 32; }
 
-// out[tile][output] = sum over channels of in[plane][tile][channel] * weight[channel][output].
+// Of a tile of kSide x kSide outputs: what it reads, and its places, along one side.
+template <int kSide>
+constexpr int kReach = kSide + 2;
+
+// B^T d: the places of one side, of its numbers.
+template <int kSide>
+void transform_in(const Vec* d, Vec* places) {
+  if constexpr (kSide == 2) {
+    places[0] = d[0] - d[2];
+    places[1] = d[1] + d[2];
+    places[2] = d[2] - d[1];
+    places[3] = d[1] - d[3];
+  } else {
+    // Products of (x - point) over all other points, even and odd powers apart.
+    constexpr float a = kWinogradPoints[0], b = kWinogradPoints[1], product = a * a * b * b,
+                    sum = a * a + b * b;
+    const Vec even_a = d[4] - b * b * d[2], odd_a = d[3] - b * b * d[1];
+    const Vec even_b = d[4] - a * a * d[2], odd_b = d[3] - a * a * d[1];
+    places[0] = d[4] - sum * d[2] + product * d[0];
+    places[1] = even_a + a * odd_a;
+    places[2] = even_a - a * odd_a;
+    places[3] = even_b + b * odd_b;
+    places[4] = even_b - b * odd_b;
+    places[5] = d[5] - sum * d[3] + product * d[1];
+  }
+}
+
+// A^T m: the outputs of one side, of its places.
+template <int kSide>
+void transform_out(const Vec* m, Vec* outputs) {
+  if constexpr (kSide == 2) {
+    outputs[0] = m[0] + m[1] + m[2];
+    outputs[1] = m[1] - m[2] - m[3];
+  } else {
+    constexpr float a = kWinogradPoints[0], b = kWinogradPoints[1];
+    const Vec even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
+    outputs[0] = m[0] + even_a + even_b;
+    outputs[1] = a * odd_a + b * odd_b;
+    outputs[2] = a * a * even_a + b * b * even_b;
+    outputs[3] = a * a * a * odd_a + b * b * b * odd_b + m[5];
+  }
+}
+
+// out[tile][output] = sum over channels of in[plane][tile][channel] * weight[channel][output]. `ahead`: as
+// many cache lines of weights that are multiplied soon as there are channels, fetched meanwhile.
 template <int kTiles, int kVectors>
-void multiply(const float* in, int64_t plane, int64_t channels, const float* weight, float* out) {
+void multiply(const float* in, int64_t plane, int64_t channels, const float* weight, const float* ahead,
+              float* out) {
   Vec acc[kTiles][kVectors] = {};
   for (; channels > 0; channels -= kLanes, in += plane) {
     const int64_t n = channels < kLanes ? channels : kLanes;
 #pragma GCC unroll 4
-    for (int64_t c = 0; c < n; ++c) {
+    for (int64_t c = 0; c < n; ++c, ahead += kLanes) {
+      // A single vector's weights are few.
+      if constexpr (kVectors > 1) __builtin_prefetch(ahead);
       Vec w[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v, weight += kLanes) w[v] = load(weight);
@@ -68,64 +115,84 @@ constexpr auto kMultiplies =
     make_multiplies<kVectors>(std::make_integer_sequence<int, kMaxTiles[kVectors - 1]>());
 
 // Some tiles, in the order of the map's rows.
+template <int kSide>
 struct Chunk {
   int64_t first, count, in_row;  // tiles of a whole row
   int64_t planes;
   float *in, *products;  // [places][planes][tiles][lanes], [places][tiles][outputs of the group]
 
-  int64_t y(int64_t i) const { return (first + i) / in_row * 2; }
-  int64_t x(int64_t i) const { return (first + i) % in_row * 2; }
+  int64_t y(int64_t i) const { return (first + i) / in_row * kSide; }
+  int64_t x(int64_t i) const { return (first + i) % in_row * kSide; }
   int64_t in_place() const { return planes * count * kLanes + kGap; }
   int64_t products_place(int64_t vectors) const { return count * vectors * kLanes + kGap; }
 };
 
-// Four places of `n` neighbours from upper + lower, or from upper - lower. Neighbours share two columns.
-template <bool kAdds>
-void transform_row(const float* upper, const float* lower, int64_t n, float* out, int64_t place) {
-  const auto column = [&](int64_t x) {
-    const Vec a = load(upper + x * kLanes), b = load(lower + x * kLanes);
-    return kAdds ? a + b : a - b;
+// `n` neighbours, which share two columns. `last`: the map's last column, of zeros, as are those behind it.
+template <int kSide>
+void transform_neighbours(const float* const* rows, int64_t x, int64_t last, int64_t n, float* out,
+                          int64_t place) {
+  constexpr int kIn = kReach<kSide>;
+  Vec columns[kIn][kIn];  // of the tile; each transformed
+  const auto fill = [&](int column, int64_t from) {
+    const int64_t offset = (from < last ? from : last) * kLanes;
+    Vec numbers[kIn];
+#pragma GCC unroll 6
+    for (int i = 0; i < kIn; ++i) numbers[i] = load(rows[i] + offset);
+    transform_in<kSide>(numbers, columns[column]);
   };
-  Vec first = column(0), second = column(1);
-  for (; n > 0; --n, upper += 2 * kLanes, lower += 2 * kLanes, out += kLanes) {
-    const Vec third = column(2), fourth = column(3);
-    store(out, first - third);
-    store(out + place, second + third);
-    store(out + 2 * place, third - second);
-    store(out + 3 * place, second - fourth);
-    first = third;
-    second = fourth;
-  }
-}
-
-void transform_in(const Conv& conv, const Chunk& chunk) {
-  const int64_t row = conv.in.row, place = chunk.in_place();
-  for (int64_t i = 0, n; i < chunk.count; i += n) {
-    const int64_t y = chunk.y(i), x = chunk.x(i), in_row = chunk.in_row - x / 2;
-    n = in_row < chunk.count - i ? in_row : chunk.count - i;
-    const float* in = static_cast<const float*>(conv.in.data) + y * row + x * kLanes;
-    float* out = chunk.in + i * kLanes;
-    for (int64_t c = 0; c < conv.cin; c += kLanes, in += conv.in.plane, out += chunk.count * kLanes) {
-      const float *second = in + row, *third = second + row;
-      // Of a map of an odd height there is no more to read.
-      const float* fourth = y + 1 < conv.height ? third + row : third;
-      transform_row<false>(in, third, n, out, place);
-      transform_row<true>(second, third, n, out + 4 * place, place);
-      transform_row<false>(third, second, n, out + 8 * place, place);
-      transform_row<false>(second, fourth, n, out + 12 * place, place);
+  fill(kSide, x);
+  fill(kSide + 1, x + 1);
+  for (x += 2; n > 0; --n, x += kSide, out += kLanes) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kIn; ++i) {
+      columns[0][i] = columns[kSide][i];
+      columns[1][i] = columns[kSide + 1][i];
+    }
+#pragma GCC unroll 4
+    for (int column = 0; column < kSide; ++column) fill(column + 2, x + column);
+    float* to = out;
+#pragma GCC unroll 6
+    for (int i = 0; i < kIn; ++i) {
+      Vec row[kIn], places[kIn];
+#pragma GCC unroll 6
+      for (int column = 0; column < kIn; ++column) row[column] = columns[column][i];
+      transform_in<kSide>(row, places);
+#pragma GCC unroll 6
+      for (int column = 0; column < kIn; ++column, to += place) store(to, places[column]);
     }
   }
 }
 
-void multiply_all(const Conv& conv, const Chunk& chunk, int64_t vectors, const float* weight) {
+template <int kSide>
+void transform_all_in(const Conv& conv, const Chunk<kSide>& chunk) {
+  for (int64_t i = 0, n; i < chunk.count; i += n) {
+    const int64_t y = chunk.y(i), x = chunk.x(i), in_row = chunk.in_row - x / kSide;
+    n = in_row < chunk.count - i ? in_row : chunk.count - i;
+    const float* in = static_cast<const float*>(conv.in.data);
+    float* out = chunk.in + i * kLanes;
+    for (int64_t c = 0; c < conv.cin; c += kLanes, in += conv.in.plane, out += chunk.count * kLanes) {
+      const float* rows[kReach<kSide>];
+      for (int64_t j = 0; j < kReach<kSide>; ++j) {
+        // The last row is one of zeros, as are those behind it.
+        rows[j] = in + (y + j <= conv.height ? y + j : conv.height + 1) * conv.in.row;
+      }
+      transform_neighbours<kSide>(rows, x, conv.width + 1, n, out, chunk.in_place());
+    }
+  }
+}
+
+template <int kSide>
+void multiply_all(const Conv& conv, const Chunk<kSide>& chunk, int64_t vectors, const float* weight) {
   const Multiply* const multiplies = vectors == 1 ? kMultiplies<1>.of_tiles : kMultiplies<2>.of_tiles;
   const int64_t most = kMaxTiles[vectors - 1], turns = (chunk.count + most - 1) / most;
-  for (int place = 0; place < kWinogradPlaces; ++place, weight += conv.cin * vectors * kLanes) {
+  for (int place = 0; place < winograd_places(kSide); ++place, weight += conv.cin * vectors * kLanes) {
     const float* in = chunk.in + place * chunk.in_place();
     float* out = chunk.products + place * chunk.products_place(vectors);
     for (int64_t left = turns, tiles = chunk.count, n; left > 0; --left, tiles -= n) {
       n = (tiles + left - 1) / left;
-      multiplies[n - 1](in, chunk.count * kLanes, conv.cin, weight, out);
+      // The next place's, of which each turn takes a part.
+      const float* ahead = weight + (vectors + (turns - left) % vectors) * conv.cin * kLanes;
+      multiplies[n - 1](in, chunk.count * kLanes, conv.cin, weight, ahead, out);
       in += n * kLanes;
       out += n * vectors * kLanes;
     }
@@ -133,84 +200,101 @@ void multiply_all(const Conv& conv, const Chunk& chunk, int64_t vectors, const f
 }
 
 // One row of a tile's outputs, as conv_tile ends.
-void finish_row(const Conv& conv, int64_t vector, int64_t y, int64_t x, Vec left, Vec right) {
+template <int kSide>
+void finish_row(const Conv& conv, int64_t vector, int64_t y, int64_t x, const Vec* outputs) {
   float* to = static_cast<float*>(conv.out.data) + vector * conv.out.plane + y * conv.out.row + x * kLanes;
   float* sums = conv.row_sums == nullptr ? nullptr : conv.row_sums + (y * conv.vectors + vector) * kLanes;
   Vec sum = x == 0 || sums == nullptr ? Vec{} : load(sums);
-  const auto finish = [&](Vec value) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kSide; ++i, to += kLanes) {
+    if (i > 0 && x + i >= conv.width) break;
+    Vec value = outputs[i];
     if (conv.residual) value += load(to);
     if (conv.relu) value = relu(value);
     store(to, value);
     sum += value;
-    to += kLanes;
-  };
-  finish(left);
-  if (x + 1 < conv.width) finish(right);
+  }
   if (sums != nullptr) store(sums, sum);
 }
 
-void transform_out(const Conv& conv, const Chunk& chunk, int64_t vector, int64_t vectors, const Part& part) {
+template <int kSide>
+void transform_all_out(const Conv& conv, const Chunk<kSide>& chunk, int64_t vector, int64_t vectors,
+                       const Part& part) {
+  constexpr int kIn = kReach<kSide>;
   const int64_t place = chunk.products_place(vectors);
   const float* tile = chunk.products;
   int64_t y = chunk.y(0), x = chunk.x(0);
   for (int64_t i = 0; i < chunk.count; ++i) {
     for (int64_t v = 0; v < vectors; ++v, tile += kLanes) {
       const float* from = tile;
-      Vec upper[4], lower[4];
-#pragma GCC unroll 4
-      for (int column = 0; column < 4; ++column, from += place) {
-        const Vec second = load(from + 4 * place), third = load(from + 8 * place);
-        upper[column] = load(from) + second + third;
-        lower[column] = second - third - load(from + 12 * place);
+      Vec columns[kIn][kSide];
+#pragma GCC unroll 6
+      for (int column = 0; column < kIn; ++column, from += place) {
+        Vec places[kIn];
+#pragma GCC unroll 6
+        for (int j = 0; j < kIn; ++j) places[j] = load(from + j * kIn * place);
+        transform_out<kSide>(places, columns[column]);
       }
       const Vec bias = load(conv.bias + (vector + v) * kLanes);
-      const auto finish = [&](int64_t y, const Vec* row) {
-        if (y < part.first_row || y >= part.last_row) return;
-        finish_row(conv, vector + v, y, x, row[0] + row[1] + row[2] + bias, row[1] - row[2] - row[3] + bias);
-      };
-      finish(y, upper);
-      finish(y + 1, lower);
+#pragma GCC unroll 4
+      for (int j = 0; j < kSide; ++j) {
+        if (y + j < part.first_row || y + j >= part.last_row) continue;
+        Vec row[kIn], outputs[kSide];
+#pragma GCC unroll 6
+        for (int column = 0; column < kIn; ++column) row[column] = columns[column][j];
+        transform_out<kSide>(row, outputs);
+#pragma GCC unroll 4
+        for (int column = 0; column < kSide; ++column) outputs[column] += bias;
+        finish_row<kSide>(conv, vector + v, y + j, x, outputs);
+      }
     }
-    x += 2;
+    x += kSide;
     if (x >= conv.width) {
       x = 0;
-      y += 2;
+      y += kSide;
     }
   }
 }
 
+template <int kSide>
 int64_t scratch(int64_t cin) {
   const int64_t channels = (cin + kLanes - 1) / kLanes * kLanes;
-  return kWinogradPlaces * (most_tiles(cin) * (channels + kGroup * kLanes) + 2 * kGap);
+  return winograd_places(kSide) * (most_tiles(cin) * (channels + kGroup * kLanes) + 2 * kGap);
 }
 
+template <int kSide>
 void run(const Conv& conv, const Part& part) {
-  Chunk chunk{};
-  chunk.in_row = (conv.width + 1) / 2;
+  Chunk<kSide> chunk{};
+  chunk.in_row = (conv.width + kSide - 1) / kSide;
   chunk.planes = (conv.cin + kLanes - 1) / kLanes;
   chunk.in = conv.scratch;
-  chunk.first = part.first_row / 2 * chunk.in_row;
-  int64_t left = (part.last_row + 1) / 2 * chunk.in_row - chunk.first;
+  chunk.first = part.first_row / kSide * chunk.in_row;
+  int64_t left = (part.last_row + kSide - 1) / kSide * chunk.in_row - chunk.first;
   const int64_t most = most_tiles(conv.cin);
   for (int64_t turns = (left + most - 1) / most; turns > 0; --turns) {
     chunk.count = (left + turns - 1) / turns;
-    chunk.products = chunk.in + kWinogradPlaces * chunk.in_place();
-    transform_in(conv, chunk);
+    chunk.products = chunk.in + winograd_places(kSide) * chunk.in_place();
+    transform_all_in(conv, chunk);
     for (int64_t group = part.first_group; group < part.last_group; ++group) {
       const int64_t vector = group * kGroup;
       const int64_t vectors = conv.vectors - vector < kGroup ? conv.vectors - vector : kGroup;
       const float* weight =
-          static_cast<const float*>(conv.weight) + vector * kLanes * kWinogradPlaces * conv.cin;
+          static_cast<const float*>(conv.weight) + vector * kLanes * winograd_places(kSide) * conv.cin;
       multiply_all(conv, chunk, vectors, weight);
-      transform_out(conv, chunk, vector, vectors, part);
+      transform_all_out(conv, chunk, vector, vectors, part);
     }
     chunk.first += chunk.count;
     left -= chunk.count;
   }
 }
 
+template <int kSide>
+constexpr ConvFunctions functions() {
+  return {kLanes, kLanes, kGroup, kWordChannels, false, kSide, scratch<kSide>, run<kSide>};
+}
+
 }  // namespace
 
-const ConvFunctions winograd_functions = {kLanes, kLanes, kGroup, kWordChannels, false, true, scratch, run};
+const ConvFunctions winograd2_functions = functions<2>(), winograd4_functions = functions<4>();
 
 }  // namespace spnet::cpu::SPNET_LEVEL
