@@ -257,7 +257,7 @@ NETWORKS = {
     "tiles": Network(20, (15, 13), 24, [Block(24, 40, 24), Block(24, 17, 40, 1, PROJECTION), Block(40, 33, 40)]),
     "large-weights": Network(1, (13, 14), 136, [Block(136, 136, 136), Block(136, 184, 184, 2, PROJECTION)]),
     # Their second convolutions begin in the middle of what the first ones computed.
-    "wide-tiles": Network(1, (19, 201), 32, [Block(32, 32, 32), Block(32, 24, 40, 1, PROJECTION)]),
+    "wide-tiles": Network(1, (11, 121), 32, [Block(32, 32, 32), Block(32, 24, 40, 1, PROJECTION)]),
     "few-tiles": Network(1, (9, 7), 16, [Block(16, 16, 16), Block(16, 20, 33, 1, PROJECTION)]),
     # Maps of few channels behind a stride of 2, by strips and with weights that are large.
     "narrow-strips": Network(1, (97, 97), 16, [Block(16, 24, 10, 2, PROJECTION, strided=1)]),
