@@ -14,7 +14,7 @@ from spnet.execution.kept import plan_of, run_plan
 from spnet.execution.lowering import is_watched, shape_of
 from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
-from spnet.execution.plan import LoweringError, Plan, checked_threshold
+from spnet.execution.plan import LoweringError, Plan, checked_threshold, refuse_traced
 from spnet.execution.routed import RoutedRun, keeps_nothing
 from spnet.routing import RoutedBlock, RoutedSequential, Router, active, own_weight, uncompiled, unwrapped
 
@@ -129,6 +129,10 @@ def fast_forward(
 ) -> Tensor | tuple[Tensor, Paths]:
     """Run a routed network in evaluation mode, executing only what its routers ask for.
 
+    The call must not be traced, exported or transformed (``torch.jit.trace``, ``torch.onnx.export``,
+    ``torch.export.export``, ``make_fx``, ``torch.func``): what it decides holds for this x alone. Export ``model(x)``,
+    which computes every block and selects. In a function that torch.compile compiles it runs as it is.
+
     Args:
         model: any module that contains :class:`spnet.RoutedBlock`, in evaluation mode.
         x: input batch [B, ...] in the model's dtype and on its device, any memory layout; B may be 0.
@@ -152,9 +156,10 @@ def fast_forward(
         ValueError: a model in training mode, without RoutedBlocks, with compiled parts around them, with a BatchNorm
             without running statistics in a body or, where paths are given or returned, with one block inside another; x
             of another shape, dtype or device than the model's, or requiring grad; paths of another shape; a threshold
-            that is NaN; an unknown impl, or one that does not fit.
+            that is NaN; an unknown impl, or one that does not fit; a call that is traced or transformed.
         TypeError: model is no module, x no tensor, or threshold no number.
     """
+    refuse_traced(x)
     _check_impl(impl)
     threshold = checked_threshold(threshold)
     model = unwrapped(model)

@@ -9,6 +9,9 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import spnet
 from spnet.routing import routed_blocks
@@ -337,6 +340,54 @@ def test_in_a_compiled_function(network, impl):
         logits, taken = spnet.fast_forward(network, x, impl=impl, paths=paths, return_paths=True)
         for got, wanted in zip(forward(x, paths), (logits, taken.decisions, expected), strict=True):
             torch.testing.assert_close(got, wanted)
+
+
+class _Module(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.of = forward
+
+    def forward(self, x):
+        return self.of(x)
+
+
+def _with_fakes(forward, x):
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+    return forward(fake)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("of", ["masked", "routed", "walk", "plan"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        torch.jit.trace,
+        lambda forward, x: torch.export.export(_Module(forward), (x,), strict=False),
+        lambda forward, x: make_fx(forward)(x),
+        lambda forward, x: torch.vmap(forward)(x[None]),
+        lambda forward, x: torch.func.jvp(forward, (x,), (x,)),
+        _with_fakes,
+    ],
+)
+def test_calls_that_are_traced_or_transformed_are_refused(network, record, of):
+    """What is recorded would be the decisions, or even the memory, of this call."""
+    x, plan = torch.randn(2, 1, 32, 32), spnet.lower(network)
+
+    def forward(x):
+        return plan(x) if of == "plan" else spnet.fast_forward(network, x, impl=of)
+
+    with pytest.raises(ValueError, match="x: fast_forward and plans cannot be traced or transformed; export model"):
+        record(forward, x)
+
+
+@pytest.mark.parametrize("mode", [FlopCounterMode(display=False), torch.device("cpu"), torch.inference_mode()])
+def test_calls_that_are_watched_are_not_refused(network, mode):
+    x, plan = torch.randn(2, 1, 32, 32), spnet.lower(network)
+    expected = plan(x)
+    with mode:
+        torch.testing.assert_close(plan(x), expected)
+        torch.testing.assert_close(spnet.fast_forward(network, x), expected)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from spnet.analysis.macs import BlockMacs, Macs
 from spnet.execution.batch import Batch
@@ -46,6 +47,8 @@ _TENSORS = {
     "rates": (torch.float32, 1),
     "dense": (torch.bool, 1),
 }
+_KEYS = torch._C._TorchDispatchModeKey
+_TRACING = _KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL
 
 
 class LoweringError(ValueError):
@@ -179,10 +182,11 @@ class Plan:
             Logits [B, classes] of the plan's dtype, or (logits, Paths).
 
         Raises:
-            ValueError: another shape, dtype or device, or a threshold that is NaN; LoweringError for an unknown
-                ``impl``, or one that the network does not fit.
+            ValueError: another shape, dtype or device, a threshold that is NaN, or a call that is traced or
+                transformed; LoweringError for an unknown ``impl``, or one that the network does not fit.
             TypeError: x or paths is no tensor, or threshold no number.
         """
+        refuse_traced(x)
         logits, decisions = self.run(x, paths, threshold, impl)
         return (logits, self.paths_of(decisions)) if return_paths else logits
 
@@ -246,6 +250,15 @@ def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ..
         raise ValueError(
             f"{name}: expected {dtype} [{expected}] on {device}, got {t.dtype} {list(t.shape)} on {t.device}"
         )
+
+
+def refuse_traced(x: Tensor) -> None:
+    """Raise a ValueError where PyTorch records or transforms operators: it would not see what native code computes."""
+    traced = torch.jit.is_tracing() or isinstance(x, FakeTensor)
+    if torch._C._len_torch_dispatch_stack():  # a mode of a user, such as one that counts operators, is none of these
+        traced = traced or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)
+    if traced or (isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)):
+        raise ValueError("x: fast_forward and plans cannot be traced or transformed; export model(x) instead")
 
 
 def checked_threshold(threshold: float) -> float:
