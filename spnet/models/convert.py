@@ -341,8 +341,9 @@ def forward_training(model: nn.Module, x: Tensor) -> SPNetOutput:
 
     Raises:
         TypeError: model is no module.
-        ValueError: a model without RoutedBlocks, in evaluation mode, or with a block that its forward does not call
-            or calls in compiled code.
+        ValueError: a model without RoutedBlocks, in evaluation mode, or with a block that its forward does not call,
+            calls in compiled code, or calls without gradient though its router trains, as ``torch.utils.checkpoint``
+            does with ``use_reentrant=True``: with ``use_reentrant=False`` it calls it as ever.
     """
     blocks = routed_blocks(model)
     if not blocks or not model.training:
@@ -355,6 +356,13 @@ def forward_training(model: nn.Module, x: Tensor) -> SPNetOutput:
         raise ValueError(
             f"model: the forward of {type(model).__name__} did not call block {idle[0]!r}, or calls it in compiled code"
         )
+    for name, block in blocks.items():
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in block.router.parameters())
+        if trains and not run.routings[block].router_logits.requires_grad:
+            raise ValueError(
+                f"model: the forward of {type(model).__name__} calls block {name!r} without gradient, so the losses "
+                "would not train its router; checkpoint it with use_reentrant=False"
+            )
     routings = [run.routings[block] for block in blocks.values()]
     pooled = [Router.pool(r.output) for r in routings]
     features = tuple(torch.stack(list(stage), 1) for _, stage in groupby(pooled, key=lambda p: p.shape[1]))

@@ -1,12 +1,14 @@
 """``convert`` on miniature networks whose blocks are written like those of torchvision, timm and common scripts."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import spnet
 from spnet.analysis.macs import count_macs
@@ -280,6 +282,27 @@ def test_forward_training_of_a_model_that_leaves_out_a_block(x):
     model.layer1.forward = lambda x: model.layer1[1](x)
     with pytest.raises(ValueError, match="the forward of Network did not call block 'layer1.0'"):
         spnet.forward_training(model, x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_forward_training_with_checkpoints(x):
+    model = spnet.convert(Network(Basic))
+    layer, gradients = model.layer1.forward, []
+    for forward in (layer, partial(checkpoint, layer, use_reentrant=False)):
+        model.layer1.forward = forward
+        torch.manual_seed(1)
+        loss = spnet.forward_training(model, x).router_logits.square().sum()
+        gradients.append(torch.autograd.grad(loss, [*model.parameters()], allow_unused=True))
+    torch.testing.assert_close(*gradients)
+    model.layer1.forward = partial(checkpoint, layer, use_reentrant=True)
+    # The input of layer1 needs gradient, but what is computed inside has none until the backward.
+    with pytest.raises(ValueError, match=r"calls block 'layer1.0' without gradient, .* use_reentrant=False"):
+        spnet.forward_training(model, x)
+    with torch.no_grad():
+        spnet.forward_training(model, x)
+    for block in routed_blocks(model).values():
+        block.router.requires_grad_(False)
+    spnet.forward_training(model, x)
 
 
 def test_forward_training_of_compiled_code(x):
