@@ -189,7 +189,7 @@ def fast_forward(
     if not return_paths:
         return output
     decisions = run.paths(len(x), x.device)
-    macs = count_macs(model, x.shape[1:])
+    macs = count_macs(model, x.shape[1:], x.dtype)
     return output, Paths(decisions, macs.of_paths(decisions), macs.dense, tuple(scan.blocks))
 
 

@@ -199,6 +199,22 @@ def test_a_block_inside_the_body_of_another_has_no_path(network):
                 spnet.fast_forward(network, x, impl=impl, **options)
 
 
+def test_blocks_on_another_batch_have_no_path():
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = spnet.RoutedBlock(nn.Linear(8, 8), spnet.Router(8, 16))
+
+        def forward(self, x):
+            return self.block(x.flatten(0, 1)).view_as(x).sum(1)
+
+    model, x = settle(Patches()), torch.randn(5, 4, 8)
+    for impl in ("masked", "routed"):
+        torch.testing.assert_close(spnet.fast_forward(model, x, impl=impl), model(x))
+        with pytest.raises(ValueError, match="RoutedBlock number 0 got a batch of 20, the model of 5"):
+            spnet.fast_forward(model, x, impl=impl, return_paths=True)
+
+
 def _line(body, channels=8, **options):
     blocks = (spnet.RoutedBlock(body(), spnet.Router(channels, 16), activation=nn.ReLU(), **options) for _ in range(3))
     return spnet.RoutedSequential(*blocks).eval()

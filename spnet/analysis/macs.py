@@ -1,12 +1,13 @@
 """Multiply-accumulates and parameters, per block and in all.
 
 Counted are the multiply-accumulates of convolutions and matrix products, as usual; normalisation, activation and
-pooling are not. The formulas are those of ``torch.utils.flop_counter``.
+pooling are not. The formulas are those of ``torch.utils.flop_counter``, which leaves out recurrent layers.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,19 +63,26 @@ _switching = threading.RLock()
 # The CPU's form of attention has no formula of its own.
 _aten = torch.ops.aten
 _SAME_COST = {_aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention}
+# Whole recurrent layers, oneDNN's of nn.LSTM and cuDNN's of all kinds.
+_FORMULAS = {
+    _aten.mkldnn_rnn_layer: lambda x, w_input, w_state, *_, **__: _recurrent(x, [w_input, w_state]),
+    _aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrent(x, weights),
+}
 _SCALARS = frozenset([bool, int, float, str])
 _cache: WeakKeyDictionary[nn.Module, tuple[tuple, Macs]] = WeakKeyDictionary()
 
 
-def count_macs(model: nn.Module, shape: Iterable[int]) -> Macs:
+def count_macs(model: nn.Module, shape: Iterable[int], dtype: torch.dtype | None = None) -> Macs:
     """Count the multiply-accumulates of one sample by running the dense model once on a sample of zeros.
 
     The result is kept as long as the model consists of the same modules with parameters of the same shapes and with
-    the same numbers and strings in their attributes.
+    the same numbers and strings in their attributes. An operator that is none of ATen's and has no formula, such as a
+    quantized layer, counts as nothing and is warned of.
 
     Args:
         model: a network in evaluation mode, with or without RoutedBlocks.
         shape: of one sample, such as (3, 32, 32).
+        dtype: of the sample, such as torch.int64 where it is tokens; by default that of the weights.
 
     Raises:
         TypeError: model is no module.
@@ -87,10 +95,10 @@ def count_macs(model: nn.Module, shape: Iterable[int]) -> Macs:
     # Weak references: the id of a module that was replaced may come back as the id of another.
     parameters = chain.from_iterable(m._parameters.values() for m in modules)
     shapes = tuple(None if p is None else p.shape for p in parameters)
-    structure = tuple(shape), shapes, [(ref(m), ref(type(m)), _settings(m)) for m in modules]
+    structure = tuple(shape), dtype, shapes, [(ref(m), ref(type(m)), _settings(m)) for m in modules]
     kept = _cache.get(model)
     if kept is None or kept[0] != structure:
-        kept = _cache[model] = structure, _count(model, structure[0])
+        kept = _cache[model] = structure, _count(model, *structure[:2])
     return kept[1]
 
 
@@ -102,6 +110,11 @@ def _settings(module: nn.Module) -> list:
 def _is_setting(value: object) -> bool:
     kind = type(value)
     return kind in _SCALARS or ((kind is tuple or kind is list) and all(map(_is_setting, value)))
+
+
+def _recurrent(x: Tensor, weights: Iterable[Tensor]) -> int:
+    """FLOPs of recurrent layers for x [..., C]: every matrix is used once at each step."""
+    return 2 * x[..., 0].numel() * sum(w.numel() for w in weights if w.dim() == 2)
 
 
 class _Counter(TorchDispatchMode):
@@ -118,11 +131,16 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        formula = flop_registry.get(_SAME_COST.get(func._overloadpacket, func._overloadpacket))
+        packet = _SAME_COST.get(func._overloadpacket, func._overloadpacket)
+        formula = _FORMULAS.get(packet) or flop_registry.get(packet)
         if formula is None:
             with self:  # under inference_mode a linear layer arrives whole
                 out = func.decompose(*args, **kwargs)
-            return func(*args, **kwargs) if out is NotImplemented else out
+            if out is not NotImplemented:
+                return out
+            if func.namespace != "aten":
+                warnings.warn(f"model: the cost of {func} is not known and counts as nothing", stacklevel=2)
+            return func(*args, **kwargs)
         out = func(*args, **kwargs)
         self.macs += formula(*args, **kwargs, out_val=out) // 2
         return out
@@ -158,7 +176,7 @@ def _attention_by_parts() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _count(model: nn.Module, shape: tuple[int, ...]) -> Macs:
+def _count(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None) -> Macs:
     blocks = routed_blocks(model)
     weight = own_weight(model)
     if weight is None:
@@ -166,7 +184,7 @@ def _count(model: nn.Module, shape: tuple[int, ...]) -> Macs:
     counter = _Counter()
     run = _DenseRun(counter)
     with _attention_by_parts(), active(run), counter:
-        model(torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device))
+        model(torch.zeros(1, *shape, dtype=dtype or weight.dtype, device=weight.device))
     rows = tuple(
         BlockMacs(name, *run.parts.get(id(block), (0, 0, 0)), sum(p.numel() for p in block.parameters()))
         for name, block in blocks.items()

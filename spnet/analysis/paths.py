@@ -221,7 +221,7 @@ def paths(
             raise ValueError(f"model: expected logits [B, classes] as its output, got {got}")
         if len(x) == 0:
             continue
-        counted = count_macs(model, x.shape[1:])
+        counted = count_macs(model, x.shape[1:], x.dtype)
         if cost is not None and counted != cost:
             raise ValueError(f"data: expected samples of one shape, got also {list(x.shape[1:])}")
         cost, blocks, classes = counted, taken.blocks, logits.shape[1]

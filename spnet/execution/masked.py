@@ -45,12 +45,12 @@ class MaskedRun(Run):
         """All decisions, bool [batch, L]; a block that did not run has executed nothing.
 
         Raises:
-            ValueError: the blocks ran on batches of several sizes, as those inside the body of another do.
+            ValueError: a block ran on another batch, as one that sees the patches of an image does.
         """
         none = torch.zeros(batch, dtype=torch.bool, device=device)
         columns = [self._decisions.get(i, none) for i in range(len(self._column))]
-        other = next((i for i, d in enumerate(columns) if len(d) != len(columns[0])), None)
+        other = next((i for i, d in enumerate(columns) if len(d) != batch), None)
         if other is not None:
-            sizes = f"{len(columns[other])}, the first one of {len(columns[0])}"
+            sizes = f"{len(columns[other])}, the model of {batch}"
             raise ValueError(f"return_paths: RoutedBlock number {other} got a batch of {sizes}")
         return torch.stack(columns, 1) if columns else none[:, None][:, :0]

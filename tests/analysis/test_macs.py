@@ -225,6 +225,55 @@ def test_other_dtypes(dtype):
     assert count_macs(small().to(dtype), SMALL_SHAPE) == count_macs(small(), SMALL_SHAPE)
 
 
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.logits(x[:, 0])
+
+
+def test_a_sample_of_tokens():
+    blocks = (spnet.RoutedBlock(nn.Linear(6, 6), Tokens()) for _ in range(2))
+    model = nn.Sequential(nn.Embedding(20, 6), *blocks, nn.Flatten(), nn.Linear(24, 3)).eval()
+    macs = count_macs(model, (4,), torch.int64)
+    assert [(b.body, b.router) for b in macs.blocks] == [(4 * 36, 12)] * 2
+    assert macs.dense == 2 * (4 * 36 + 12) + 24 * 3
+    tokens = torch.randint(20, (5, 4))
+    for impl in ("masked", "routed"):
+        _, paths = spnet.fast_forward(model, tokens, impl=impl, return_paths=True)
+        assert torch.equal(paths.macs, macs.of_paths(paths.decisions))
+    assert torch.equal(spnet.paths(model, tokens).macs, paths.macs)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_recurrent_layers(kind, directions):
+    steps, width, gates = 10, 6, {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}[kind]
+    model = kind(8, width, num_layers=2, batch_first=True, bidirectional=directions == 2)
+    by_layer = gates * width * (8 + width) + gates * width * (directions * width + width)
+    assert count_macs(model.eval(), (steps, 8)).dense == steps * directions * by_layer
+
+
+def test_recurrent_layers_of_cudnn():
+    class Cudnn(nn.LSTM):
+        def forward(self, x):
+            h, hidden = x.new_empty(1, len(x), self.hidden_size), self.hidden_size
+            how = 2, hidden, 0, 1, True, 0.0, False, False, [], None  # 2 is an LSTM
+            return torch.ops.aten._cudnn_rnn(x, self._flat_weights, 4, None, h, h, *how)[0]
+
+    model = Cudnn(8, 6, batch_first=True, device="meta").eval()
+    assert count_macs(model, (10, 8)).dense == 10 * 24 * (8 + 6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
+def test_operators_of_unknown_cost_are_warned_of():
+    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 3)), {nn.Linear}, torch.qint8).eval()
+    with pytest.warns(UserWarning, match="model: the cost of quantized.linear_dynamic.default is not known"):
+        count_macs(model, (4,))
+
+
 def test_under_inference_mode():
     expected = count_macs(small(), SMALL_SHAPE)
     with torch.inference_mode():
