@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 from contextlib import suppress
+from numbers import Real
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -58,13 +59,13 @@ def save_model(model: SPNet, folder: str | Path) -> None:
     """Write a model made by :func:`spnet.create_model` into a folder, flushed to the disk.
 
     Args:
-        model: also inside the wrapper of torch.compile; its ``config`` and, where set, ``data`` (class names, mean and
-            std of the pixels) go along.
+        model: also inside the wrapper of torch.compile; its ``config`` and, where set, ``data`` go along: lists of
+            numbers "mean" and "std", of the pixels, and where they are known "class_names".
         folder: made if it is missing; each of its two files is replaced wholly or not at all.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: a model that create_model did not make.
+        TypeError: model is no module, or its config or data holds what JSON does not.
+        ValueError: a model that create_model did not make, or data without mean and std.
         OSError: a full disk, say.
     """
     model = unwrapped(model)
@@ -73,12 +74,27 @@ def save_model(model: SPNet, folder: str | Path) -> None:
             "model: expected one made by create_model, whose config says how to build it again; "
             "of another network keep the state_dict, or save the plan: spnet.lower(model).save(path)"
         )
+    description = json.dumps({"model": model.config, "data": _checked_data(model.data)}, indent=2) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-    description = json.dumps({"model": model.config, "data": model.data}, indent=2) + "\n"
     write_whole(folder / WEIGHTS, save(weights, {"format": "pt"}))  # the framework, as readers of the Hub expect
     write_whole(folder / CONFIG, description.encode())
+
+
+def _checked_data(data: Any) -> dict | None:
+    """What is recorded of the training data, if anything, with the pixels' mean and std."""
+
+    def fits(values: Any, kind: type) -> bool:
+        return isinstance(values, list | tuple) and all(isinstance(v, kind) for v in values)
+
+    if data is None or (
+        isinstance(data, dict)
+        and all(fits(data.get(key), Real) for key in ("mean", "std"))
+        and fits(data.get("class_names", []), str)
+    ):
+        return data
+    raise ValueError(f"data: expected lists of numbers 'mean' and 'std', of strings 'class_names', got {data!r:.200}")
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -111,7 +127,7 @@ def load_model(folder: str | Path) -> SPNet:
         described = json.loads((folder / CONFIG).read_text())
         model = create_model(**described["model"])
         model.load_state_dict(weights)
-        model.data = described.get("data")
+        model.data = _checked_data(described.get("data"))
     except (ValueError, KeyError, TypeError, RuntimeError) as e:
         why = f"no {e} in {CONFIG}" if isinstance(e, KeyError) else e
         raise ValueError(f"folder: {folder} does not describe its weights ({why})") from e

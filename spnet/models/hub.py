@@ -77,9 +77,9 @@ def model_card(model: SPNet, statistics: PathStatistics | None = None) -> str:
     if model.data is not None:
         mean, std = (", ".join(f"{v:g}" for v in model.data[key]) for key in ("mean", "std"))
         rows["pixels"] = f"divided by 255, then normalised by mean {mean} and std {std}"
-        names = [name.replace("|", "\\|") for name in model.data["class_names"]]
+        names = [name.replace("|", "\\|") for name in model.data.get("class_names", ())]
         listed = ", ".join(names) if len(names) <= _LISTED_CLASSES else f"names in `{CONFIG}`"
-        rows["classes"] += f": {listed}"
+        rows["classes"] += f": {listed}" if names else ""
         images = "[N, H, W]" if model.in_channels == 1 else f"[N, H, W, {model.in_channels}]"
         prepare = (
             f"x = spnet.preprocess(model, images)  # uint8 {images}, at most {model.input_size}x{model.input_size}"

@@ -52,7 +52,7 @@ def create_model(name: str, **kwargs) -> SPNet:
             and any other option of :class:`spnet.models.SPNet`, such as ``routed=False`` for the static network.
 
     Raises:
-        ValueError: unknown name; the message lists near matches.
+        ValueError: unknown name, where the message lists near matches; or as :class:`spnet.models.SPNet`.
     """
     if name not in _MODELS:
         given = str(name)

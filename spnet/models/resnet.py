@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -85,6 +86,9 @@ class SPNet(nn.Module):
         routed: False builds the static network of the same shape: every block executes, no routers.
         input_size: side of the square input that :func:`spnet.fast_forward` accepts.
         router_width, router_dropout: see :class:`spnet.Router`.
+
+    Raises:
+        ValueError: num_classes, in_channels or input_size is no whole number of at least 1, or an unknown shortcut.
     """
 
     def __init__(
@@ -103,6 +107,9 @@ class SPNet(nn.Module):
         router_dropout: float = 0.4,
     ):
         super().__init__()
+        for name, value in dict(num_classes=num_classes, in_channels=in_channels, input_size=input_size).items():
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
         self.in_channels, self.num_classes, self.input_size = in_channels, num_classes, input_size
         self.config: dict | None = None  # arguments of create_model, for model folders
         self.data: dict | None = None  # class names, and mean and std of the pixels that it was trained on

@@ -89,8 +89,9 @@ def check_data(network: SPNet, loader: Loader | FolderLoader | ShardLoader, name
     if network.data is None:
         return
     numbers = tuple(map(str, range(loader.num_classes)))  # in place of names: shards have none
-    known = numbers not in (loader.class_names, tuple(network.data["class_names"]))
-    for k, (own, other) in enumerate(zip_longest(network.data["class_names"], loader.class_names)):
+    names = network.data.get("class_names", numbers)
+    known = numbers not in (loader.class_names, tuple(names))
+    for k, (own, other) in enumerate(zip_longest(names, loader.class_names)):
         if known and own != other:
             raise ValueError(f"data: expected class {k} {own!r} of the network, got {other!r} in {name}")
     for what, got in (("mean", loader.mean), ("std", loader.std)):

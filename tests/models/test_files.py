@@ -182,12 +182,43 @@ def test_weights_of_another_network(tmp_path, folder):
         '{"model": {"name": "resnet20_cifar", "colour": 3}}',
         '{"model": {"name": "resnet20_cifar", "in_channels": 1, "num_classes": -4}}',
         '{"model": {"name": "resnet20_cifar", "in_channels": 3}}',
+        '{"model": {"name": "resnet20_cifar", "in_channels": 1, "input_size": 0}}',
+        '{"model": {"name": "resnet20_cifar", "in_channels": 1, "input_size": 32.5}}',
+        '{"model": {"name": "resnet20_cifar", "in_channels": 1}, "data": 3}',
+        '{"model": {"name": "resnet20_cifar", "in_channels": 1}, "data": {"mean": 0.5, "std": [0.5]}}',
+        '{"model": {"name": "resnet20_cifar", "in_channels": 1}, "data": {"class_names": ["a"]}}',
     ],
 )
 def test_damaged_description(folder, text):
     (folder / CONFIG).write_text(text)
     with pytest.raises(ValueError, match="folder: .* does not describe its weights"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"mean": torch.tensor([0.5]), "std": [0.5]},
+        {"mean": [0.5]},
+        {"mean": [0.5], "std": [0.5], "class_names": [3]},
+        [0.5],
+    ],
+)
+def test_data_of_another_form(tmp_path, network, data):
+    network.data = data
+    with pytest.raises(ValueError, match="data: expected lists of numbers 'mean' and 'std', .*, got "):
+        save_model(network, tmp_path / "net")
+    network.data = {"mean": [0.5], "std": [0.5], "of": torch.tensor(3)}
+    with pytest.raises(TypeError, match="Tensor is not JSON serializable"):
+        save_model(network, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize("name", ["num_classes", "in_channels", "input_size"])
+@pytest.mark.parametrize("value", [0, 2.5, None])
+def test_impossible_sizes(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected a whole number of at least 1, got {value}"):
+        spnet.create_model("resnet20_cifar", **{name: value})
 
 
 def test_description_of_a_network_of_others(folder):

@@ -150,6 +150,8 @@ def test_card_of_a_static_network_without_data():
     assert "| classes | 30 |" in card
     model.data = {"class_names": [f"kind {i}" for i in range(30)], "mean": [0.5] * 3, "std": [0.5] * 3}
     assert "| classes | 30: names in `config.json` |" in model_card(model)
+    del model.data["class_names"]
+    assert "| classes | 30 |" in model_card(model)
 
 
 @pytest.mark.parametrize("routed", [True, False])

@@ -37,7 +37,8 @@ def test_the_data_of_another_network(tmp_path):
     loader = make_loader("fashion-mnist", "test", root=tmp_path, batch_size=4)
     network = spnet.create_model("resnet20_cifar", in_channels=1)
     data = {"class_names": [*loader.class_names], "mean": [*loader.mean], "std": [*loader.std]}
-    for fits in (None, data, data | {"class_names": [*map(str, range(10))]}):
+    without_names = {key: data[key] for key in ("mean", "std")}
+    for fits in (None, data, without_names, data | {"class_names": [*map(str, range(10))]}):
         network.data = fits
         check_data(network, loader, "it")
     names = data["class_names"]
