@@ -34,13 +34,11 @@ class _Scan(NamedTuple):
 
 def _scan(model: nn.Module) -> _Scan:
     blocks, inner, mixing, in_line, hooked = {}, "", "", set(), is_watched()
+    training = None  # the name of a module in training mode, if there is one
     outer = None  # what the names inside the last block begin with
     for name, module in model.named_modules():
-        if getattr(module, "training", False):  # what TorchScript has frozen has no mode
-            raise ValueError(
-                f"model: expected evaluation mode, but {repr(name) if name else 'it'} is in training mode; "
-                "call model.eval()"
-            )
+        if training is None and getattr(module, "training", False):  # what TorchScript has frozen has no mode
+            training = repr(name) if name else "it"
         compiled = module._compiled_call_impl is not None and module is not model or "_orig_mod" in module._modules
         if compiled and any(isinstance(m, RoutedBlock) for m in module.modules()):
             raise ValueError(f"model: {name!r} is compiled, which hides its RoutedBlocks; compile bodies instead")
@@ -59,6 +57,8 @@ def _scan(model: nn.Module) -> _Scan:
         hooked = hooked or bool(module._forward_hooks or module._forward_pre_hooks)
     if not blocks:
         raise ValueError(f"model: expected RoutedBlocks, but {type(model).__name__} contains none")
+    if training is not None:  # only now: what torch.export gives, which has no blocks, has no model.eval() either
+        raise ValueError(f"model: expected evaluation mode, but {training} is in training mode; call model.eval()")
     return _Scan(blocks, inner, mixing, in_line, hooked, own_weight(model))
 
 
@@ -105,6 +105,7 @@ def _check_paths(paths: Tensor, batch: int, blocks: int, device: torch.device) -
     fits = isinstance(paths, Tensor) and paths.dtype == torch.bool and paths.layout == torch.strided
     if not fits or tuple(paths.shape) != (batch, blocks):
         got = f"{paths.dtype} {list(paths.shape)}" if isinstance(paths, Tensor) else type(paths).__name__
+        got += f" of {paths.layout}" if isinstance(paths, Tensor) and paths.layout != torch.strided else ""
         raise ValueError(f"paths: expected torch.bool [{batch}, {blocks}], got {got}")
     if paths.device != device:
         raise ValueError(f"paths: expected device {device} (the input's), got {paths.device}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ class _Group(click.Group):
             raise click.ClickException(str(e)) from e
 
 
+_FOLDER = click.Path(path_type=Path, file_okay=False)  # a file in its place is told before any work
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
 
 
@@ -86,7 +88,7 @@ def _data_options(command):
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), default="demo", help="Folder for the pictures.")
+@click.option("--out", type=_FOLDER, default="demo", help="Folder for the pictures.")
 @click.option("--batch-size", type=click.IntRange(1), default=100)
 @click.option("--repeats", type=click.IntRange(1), default=5, help="Interleaved runs; the fastest of each counts.")
 def demo(out: Path, batch_size: int, repeats: int) -> None:
@@ -114,6 +116,7 @@ def _config_options(command):
             option = click.option(name, callback=_numbers(typing.get_args(hint)[0]), metavar="N,N,...", **told)
         else:
             kind = next(t for t in (typing.get_args(hint) or (hint,)) if t is not type(None))
+            kind = click.Path(file_okay=False) if field.name == "out" else kind
             metavar = "NAME" if field.name == "model" else None  # the others are few enough to be listed
             option = click.option(name, type=click.Choice(chosen) if chosen else kind, metavar=metavar, **told)
         command = option(command)
@@ -228,7 +231,7 @@ def evaluate_(model: str, impl: str, threshold: float, device: str, **test_set) 
 @click.argument("model")
 @_data_options
 @click.option("--limit", type=click.IntRange(1), help="Only so many images.")
-@click.option("--out", type=click.Path(path_type=Path), default="paths", help="Folder for the pictures.")
+@click.option("--out", type=_FOLDER, default="paths", help="Folder for the pictures.")
 @click.option("--card", type=click.Path(path_type=Path), help="Also write a model card with the statistics.")
 def paths(model: str, limit: int | None, out: Path, card: Path | None, device: str, **test_set) -> None:
     """Statistics and pictures of the paths that test images take through MODEL.
@@ -239,6 +242,7 @@ def paths(model: str, limit: int | None, out: Path, card: Path | None, device: s
       spnet paths runs/spnet/best --data cifar10 --card runs/spnet/best/README.md
     """
     network, loader = _load_with_data(model, device, **test_set)
+    out.mkdir(parents=True, exist_ok=True)  # before all images are run
     stats = spnet.paths(network, FirstImages(loader, limit))
     click.echo(stats)
     if card is not None:
@@ -267,7 +271,7 @@ def report(run: Path, out: Path | None, data_root: str | None, limit: int | None
 
 @main.command()
 @click.option("--quick/--full", default=True, help="A quarter of an hour on two CPU cores, or every cell.")
-@click.option("--out", type=click.Path(path_type=Path), default="bench/results", help="Folder for the result files.")
+@click.option("--out", type=_FOLDER, default="bench/results", help="Folder for the result files.")
 @click.option("--name", help="Of the result files, by convention device-date; default: the processor and today.")
 @click.option("--compare", type=click.Path(exists=True), nargs=2, help="Two result files: shows what became slower.")
 @click.option("--merge", type=click.Path(exists=True), multiple=True, help="Result files to make one of, in --out.")
@@ -299,7 +303,7 @@ def bench(
             click.echo(path)
         return
     if readme:
-        link = out.resolve().relative_to(readme.resolve().parent).as_posix()
+        link = Path(os.path.relpath(out.resolve(), readme.resolve().parent)).as_posix()
         readme.write_text(benchmarks.update_readme(readme.read_text(), out, link))
         return
     suites = Path(spnet.__file__).resolve().parents[1] / "bench"

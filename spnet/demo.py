@@ -23,7 +23,11 @@ def run_demo(out: Path, batch_size: int = 100, repeats: int = 5, network: str = 
 
     Returns:
         The comparison and the names of the pictures, as text.
+
+    Raises:
+        OSError: out cannot be made, before anything is measured, or not be written.
     """
+    out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
     model = load_pretrained(network).to(memory_format=torch.channels_last)
     images, labels = sample_images(network)
     x = preprocess(model, images).contiguous(memory_format=torch.channels_last)

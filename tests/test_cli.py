@@ -175,6 +175,16 @@ def test_files_and_folders_in_the_way_are_one_line(tmp_path, data):
     train = ("train", "--data", "fashion-mnist", "--data-root", data, "--model", "resnet20_cifar", "--batch-size", "32")
     assert "Not a directory" in fail(*train, "--out", str(file / "run"))
     assert "Is a directory" in fail("train", "--config", str(tmp_path))
+    for command in (["demo"], train, ["paths", "fashion-mnist", "--data-root", data]):
+        assert f"Directory '{file}' is a file" in fail(*command, "--out", str(file))
+
+
+@pytest.mark.parametrize("command", ["demo", "paths"])
+def test_a_folder_that_cannot_be_made_is_told_before_any_work(tmp_path, data, monkeypatch, command):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(spnet.execution.plan.Plan, "run", None)
+    of = [] if command == "demo" else ["fashion-mnist", "--data-root", data]
+    assert "Not a directory" in fail(command, *of, "--out", str(tmp_path / "file" / "out"))
 
 
 def test_a_reader_that_has_read_enough_is_no_error():

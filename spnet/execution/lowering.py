@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import islice
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -58,14 +59,16 @@ def lower(model: nn.Module, input_shape: tuple[int, int, int] | None = None) -> 
         input_shape: (C, H, W) of the images that the plan takes. An :class:`spnet.SPNet` says it itself.
 
     Raises:
-        LoweringError: a network that does not fit; the message says why.
+        LoweringError: a network that does not fit, where the message says why; an input_shape that is not of three
+            whole numbers of at least 1, or missing where the network does not say it.
         TypeError: model is no module.
     """
     model = unwrapped(model)
     shape = shape_of(model) if input_shape is None else input_shape
     if shape is None:
         raise LoweringError(f"{type(model).__name__} does not say its input_shape (C, H, W)")
-    if not isinstance(shape, Sequence) or len(shape) != 3 or min(shape) < 1:
+    fits = isinstance(shape, Sequence) and len(shape) == 3
+    if not fits or not all(isinstance(n, Integral) and n > 0 for n in shape):
         raise LoweringError(f"input_shape: expected (C, H, W), got {shape}")
     return assemble(model, shape, read(model, shape))
 

@@ -291,6 +291,7 @@ def load_plan(path: str | Path, device: torch.device | str = "cpu") -> Plan:
         FileNotFoundError: no file there.
         ValueError: a truncated, damaged or foreign file, another version, impossible sizes, or what the device does
             not run.
+        TypeError: path is none.
     """
     path = Path(path)
     if not path.is_file():

@@ -21,12 +21,15 @@ class DynamicAuxiliary(nn.Module):
 
     Raises:
         ValueError: momentum outside [0, 1].
+        TypeError: model is no module.
 
     Source: SP-Net (ECCV 2022), dynamic auxiliary module.
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.6):
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: expected a value in [0, 1], got {momentum}")
         self.momentum = momentum
@@ -39,8 +42,15 @@ class DynamicAuxiliary(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Follow the parameters of ``model``; once per step, before the forward."""
-        self._follow(list(self.module.parameters()), list(model.parameters()), None)
+        """Follow the parameters of ``model``; once per step, before the forward.
+
+        Raises:
+            ValueError: another number of parameters than were copied, or of other shapes.
+        """
+        own, followed = list(self.module.parameters()), list(model.parameters())
+        if [p.shape for p in own] != [p.shape for p in followed]:
+            raise ValueError(f"model: expected the network that was copied, got another {type(model).__name__}")
+        self._follow(own, followed, None)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:

@@ -12,6 +12,7 @@ of the whole batch: see the argument `rates` of :func:`activation_loss`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -150,8 +151,9 @@ class SPNetLoss:
         evolution_form: "within" or "across".
 
     Raises:
-        ValueError: a target rate outside [0, 1]; an unknown form or pairing. When called: as many target rates as
-            neither one nor the blocks, as many stage weights as not the stages, or no auxiliary output.
+        ValueError: a target rate outside [0, 1]; a weight that is negative or not finite; an unknown form or pairing.
+            When called: as many target rates as neither one nor the blocks, as many stage weights as not the stages, or
+            no auxiliary output.
     """
 
     def __init__(
@@ -170,6 +172,10 @@ class SPNetLoss:
         rates = torch.as_tensor(target_rates, dtype=torch.float32).reshape(-1)
         if not ((rates >= 0) & (rates <= 1)).all():
             raise ValueError(f"target_rates: expected values in [0, 1], got {target_rates}")
+        weights = dict(activation=activation, path=path, logits=logits, evolution=evolution)
+        for name, weight in [*weights.items(), *(("stage_weights", w) for w in stage_weights)]:
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name}: expected at least 0 and finite, got {weight}")
         _check_choice("evolution_form", evolution_form, EVOLUTION_FORMS)
         _check_choice("pairing", pairing, PAIRINGS)
         self.target_rates, self.stage_weights = rates, tuple(stage_weights)

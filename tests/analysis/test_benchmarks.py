@@ -236,3 +236,9 @@ def test_commands(results, tmp_path):
     run = CliRunner().invoke(main, ["bench", "--readme", str(readme), "--out", str(file.parent)])
     assert run.exit_code == 0, run.output
     assert "![accuracy](results/a/accuracy.png)" in readme.read_text()
+    elsewhere = tmp_path / "elsewhere" / "README.md"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(f"{benchmarks.BEGIN}{benchmarks.END}")
+    run = CliRunner().invoke(main, ["bench", "--readme", str(elsewhere), "--out", str(file.parent)])
+    assert run.exit_code == 0, run.output
+    assert "![accuracy](../results/a/accuracy.png)" in elsewhere.read_text()

@@ -94,7 +94,7 @@ def test_what_is_no_module():
             call("net.plan")
 
 
-@pytest.mark.parametrize("shape", [(12, 12), (2, -1, 12), (2, 0, 12)])
+@pytest.mark.parametrize("shape", [(12, 12), (2, -1, 12), (2, 0, 12), (2.0, 12, 12), (2, 12, "a"), "2aa"])
 def test_what_is_no_shape(shape):
     with pytest.raises(spnet.LoweringError, match=r"input_shape: expected \(C, H, W\), got "):
         spnet.lower(_small(), shape)

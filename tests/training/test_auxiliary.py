@@ -70,6 +70,15 @@ def test_momentum_out_of_range(model, momentum):
         DynamicAuxiliary(model, momentum)
 
 
+def test_another_network_cannot_be_followed(model):
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got int"):
+        DynamicAuxiliary(3)
+    auxiliary = DynamicAuxiliary(model)
+    for other in (nn.Linear(1, 1), spnet.create_model("resnet20_cifar")):
+        with pytest.raises(ValueError, match="model: expected the network that was copied, got another"):
+            auxiliary.update(other)
+
+
 def test_starts_as_an_exact_copy(model):
     auxiliary = DynamicAuxiliary(model)
     assert states_equal(auxiliary.module, model)

@@ -314,6 +314,13 @@ def test_target_rates_out_of_range(rates):
         SPNetLoss(rates)
 
 
+@pytest.mark.parametrize("name", ["activation", "path", "logits", "evolution", "stage_weights"])
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
+def test_weights_out_of_range(name, weight):
+    with pytest.raises(ValueError, match=f"^{name}: expected at least 0 and finite, got {weight}$"):
+        SPNetLoss(0.5, **{name: (0.1, weight) if name == "stage_weights" else weight})
+
+
 def test_errors(outputs):
     output, auxiliary = outputs
     with pytest.raises(ValueError, match="pairing: expected 'final' or 'equal', got 'last'"):
