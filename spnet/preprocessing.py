@@ -16,7 +16,8 @@ def preprocess(model: SPNet, images: Tensor | np.ndarray) -> Tensor:
     """Turn images into the model's input: zero-padded evenly to its size, then normalised as in its training.
 
     Args:
-        model: a network whose ``data`` holds mean and std, as every loaded or trained one does.
+        model: a network whose ``data`` holds lists "mean" and "std", as every trained one does. Its "class_names"
+            are for others, who do without: model cards, statistics and the check of a test set.
         images: uint8 [N, H, W, C], or [N, H, W] where the model has one channel; no larger than the model's input.
 
     Returns:

@@ -10,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -125,7 +126,8 @@ def load_model(folder: str | Path) -> SPNet:
     weights = load_weights(folder)
     try:
         described = json.loads((folder / CONFIG).read_text())
-        model = create_model(**described["model"])
+        with torch.device("cpu"):  # whatever the defaults of device and dtype are
+            model = create_model(**described["model"]).float()
         model.load_state_dict(weights)
         model.data = _checked_data(described.get("data"))
     except (ValueError, KeyError, TypeError, RuntimeError) as e:

@@ -58,7 +58,8 @@ def load_official(path_or_state_dict: str | os.PathLike | Mapping) -> SPNet:
             raise ValueError(f"{source}: expected a state dict, got a {type(checkpoint).__name__}")
 
     prefix, weights, foreign = _unwrap(checkpoint)
-    model = _build(weights)
+    with torch.device("cpu"):  # whatever the defaults of device and dtype are
+        model = _build(weights).float()
     own = model.state_dict()
     names = _official_names(model, weights)
     missing = [n for ours, n in names.items() if n not in weights and not _optional(ours, n, weights)]

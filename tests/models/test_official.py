@@ -284,6 +284,16 @@ def test_missing_stage_heads_stay_fresh(state, twin, x):
     assert_same(model, twin, x)
 
 
+def test_the_defaults_of_torch_do_not_matter(state, twin, x):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            model = load_official(state)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(model, twin, x)
+
+
 def outline(**options):
     """State dict of a twin of published size without the memory: every tensor is one zero, expanded."""
     with torch.device("meta"):
