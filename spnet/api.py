@@ -155,10 +155,10 @@ def fast_forward(
 
     Raises:
         ValueError: a model in training mode, without RoutedBlocks, with compiled parts around them, with a BatchNorm
-            without running statistics in a body or, where paths are given or returned, with one block inside another or
-            on another batch than x; x of another shape, dtype or device than the model's, or requiring grad; paths of
-            another shape; a threshold that is NaN; an unknown impl, or one that does not fit; a call that is traced or
-            transformed.
+            without running statistics in a body, with a block that runs twice or, where paths are given or returned,
+            with one block inside another or on another batch than x; x of another shape, dtype or device than the
+            model's, or requiring grad; paths of another shape; a threshold that is NaN; an unknown impl, or one that
+            does not fit; a call that is traced or transformed.
         TypeError: model is no module, x no tensor, or threshold no number.
     """
     refuse_traced(x)
@@ -214,7 +214,7 @@ class Explanation:
 def explain(model: nn.Module, x: Tensor) -> Explanation:
     """Say which execution ``fast_forward(model, x)`` takes and why, and what a skip costs at each block.
 
-    Args and errors as in :func:`fast_forward`.
+    Args and errors as in :func:`fast_forward`: where that takes "routed", it is run on the first sample of x.
     """
     model = unwrapped(model)
     scan = _scan(model)
@@ -233,6 +233,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             )
     except LoweringError as e:
         impl, reason = "routed", f"gathers the samples routed to each body; walk and batch do not fit: {e}"
+        fast_forward(model, x[:1], impl=impl)
 
     def skipped(block: RoutedBlock, choice: str) -> str:
         if choice == "dense":

@@ -231,8 +231,9 @@ def _line(body, channels=8, **options):
 def test_a_body_that_mixes_samples():
     model = _line(lambda: nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8, track_running_stats=False)))
     x = torch.randn(4, 8, 6, 6)
-    with pytest.raises(ValueError, match=r"'2.body.1' normalises a sample by the others"):
-        spnet.fast_forward(model, x)
+    for call in (spnet.fast_forward, spnet.explain):
+        with pytest.raises(ValueError, match=r"'2.body.1' normalises a sample by the others"):
+            call(model, x)
     assert torch.equal(spnet.fast_forward(model, x, impl="masked"), model(x))
 
 
@@ -299,8 +300,9 @@ def test_the_answer_follows_the_weights(network):
         network.features.stage2[1].router.fc2.bias[1] += 100
     assert torch.allclose(spnet.fast_forward(network, x), spnet.fast_forward(network, x, impl="masked"), atol=1e-5)
     network.features.stage1[1] = network.features.stage1[2]
-    with pytest.raises(RuntimeError, match="ran twice"):
-        spnet.fast_forward(network, x, impl="routed")
+    for call in (lambda *args: spnet.fast_forward(*args, impl="routed"), spnet.fast_forward, spnet.explain):
+        with pytest.raises(ValueError, match="RoutedBlock number 1 ran twice in one forward, so it has no one path"):
+            call(network, x)
     network.features.stage1[1] = settle(spnet.create_model("resnet20_cifar")).features.stage1[0]
     a, pa = spnet.fast_forward(network, x, return_paths=True)
     b, pb = spnet.fast_forward(network, x, impl="masked", return_paths=True)

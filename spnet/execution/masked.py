@@ -27,7 +27,7 @@ class MaskedRun(Run):
         """The decisions of one block, bool [B]: forced, or the router's. Recorded either way."""
         column = self._column[id(block)]
         if column in self._decisions:
-            raise RuntimeError(f"model: RoutedBlock number {column} ran twice in one forward, so it has no one path")
+            raise ValueError(f"model: RoutedBlock number {column} ran twice in one forward, so it has no one path")
         if self._forced is not None:
             d = self._forced[:, column]
             if len(d) != len(x):

@@ -316,10 +316,14 @@ def _extract(block: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node) ->
 class _TrainingRun(Run):
     """One forward in training mode that keeps what each routed block computed."""
 
-    def __init__(self):
+    def __init__(self, names: dict[RoutedBlock, str]):
+        self._names = names
         self.routings: dict[RoutedBlock, Routing] = {}
 
     def block(self, block: RoutedBlock, x: Tensor) -> Tensor:
+        if block in self.routings:
+            name = self._names[block]
+            raise ValueError(f"model: RoutedBlock {name!r} ran twice in one forward, so it has no one path")
         self.routings[block] = block.masked(x)
         return self.routings[block].output
 
@@ -342,14 +346,15 @@ def forward_training(model: nn.Module, x: Tensor) -> SPNetOutput:
     Raises:
         TypeError: model is no module.
         ValueError: a model without RoutedBlocks, in evaluation mode, or with a block that its forward does not call,
-            calls in compiled code, or calls without gradient though its router trains, as ``torch.utils.checkpoint``
-            does with ``use_reentrant=True``: with ``use_reentrant=False`` it calls it as ever.
+            calls twice, calls in compiled code, or calls without gradient though its router trains, as
+            ``torch.utils.checkpoint`` does with ``use_reentrant=True``: with ``use_reentrant=False`` it calls it as
+            ever.
     """
     blocks = routed_blocks(model)
     if not blocks or not model.training:
         wrong = "contains none" if not blocks else "is in evaluation mode"
         raise ValueError(f"model: expected RoutedBlocks in training mode, but {type(model).__name__} {wrong}")
-    with active(_TrainingRun()) as run:
+    with active(_TrainingRun({block: name for name, block in blocks.items()})) as run:
         output = model(x)
     idle = [name for name, block in blocks.items() if block not in run.routings]
     if idle:

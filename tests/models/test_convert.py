@@ -305,6 +305,13 @@ def test_forward_training_with_checkpoints(x):
     spnet.forward_training(model, x)
 
 
+def test_forward_training_of_a_model_that_repeats_a_block(x):
+    model = spnet.convert(Network(Basic))
+    model.layer1.forward = lambda x: model.layer1[1](model.layer1[1](model.layer1[0](x)))
+    with pytest.raises(ValueError, match="RoutedBlock 'layer1.1' ran twice in one forward, so it has no one path"):
+        spnet.forward_training(model, x)
+
+
 def test_forward_training_of_compiled_code(x):
     model = spnet.convert(Network(Basic))
     model.compile(backend="eager")
