@@ -15,7 +15,7 @@ from spnet.execution.lowering import is_watched, shape_of
 from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan, checked_threshold, refuse_traced
-from spnet.execution.routed import RoutedRun, keeps_nothing
+from spnet.execution.routed import RoutedRun, keeps_nothing, overrides_masked
 from spnet.routing import RoutedBlock, RoutedSequential, Router, active, own_weight, uncompiled, unwrapped
 
 IMPLEMENTATIONS = ("masked", "routed", "batch", "walk")
@@ -238,6 +238,8 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     def skipped(block: RoutedBlock, choice: str) -> str:
         if choice == "dense":
             return "computed with all others, which calibration found to be faster"
+        if overrides_masked(block):
+            return f"computed with all others, as the masked of a {type(block).__name__} does"
         if type(block.shortcut) is not nn.Identity:
             return f"shortcut {type(block.shortcut).__name__} computed for every sample"
         if impl == "walk":

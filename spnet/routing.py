@@ -169,6 +169,9 @@ class RoutedBlock(ResidualBlock):
     it. A path has one decision for each block, so in one forward a block runs once; and to force or to return paths, no
     block may stand inside the body of another.
 
+    A subclass that overrides :meth:`masked` is computed by it in every execution, so its skips save nothing. One that
+    overrides ``forward`` calls this class's, by which alone paths and a threshold reach it.
+
     Args:
         body, shortcut, activation: as in :class:`ResidualBlock`. In evaluation mode the sum must have the shape of the
             shortcut, which is what a skipped sample gets.

@@ -517,6 +517,16 @@ def test_explain_says_that_a_block_outside_a_line_is_copied():
     assert "not a spnet.Router" in text
 
 
+def test_explain_says_that_a_masked_of_a_users_own_is_computed():
+    class Own(spnet.RoutedBlock):
+        def masked(self, x, **options):
+            return super().masked(x, **options)
+
+    model = settle(spnet.RoutedSequential(Own(nn.Linear(4, 4), spnet.Router(4))))
+    text = str(spnet.explain(model, torch.zeros(1, 4)))
+    assert "0  computed with all others, as the masked of a Own does" in text
+
+
 def test_build_info():
     info = spnet.build_info()
     assert info["torch"] == torch.__version__

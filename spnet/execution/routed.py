@@ -64,6 +64,8 @@ class RoutedRun(MaskedRun):
 
     def _step(self, block: RoutedBlock, state: _State) -> _State:
         x, pooled = state.x, state.pooled
+        if overrides_masked(block):
+            return _State(super().block(block, x))
         if type(block.router) is not Router or not computes(block.router, Router) or not self._in_place:
             pooled = None  # another router looks at x itself, and a hook on a router expects its call
         elif pooled is None and self._forced is None:
@@ -111,6 +113,11 @@ class RoutedRun(MaskedRun):
         if pooled is not None:
             pooled = pooled.index_copy(0, index, Router.pool(ops.gather_rows(y, index)))
         return _State(y, True, activation, pooled)
+
+
+def overrides_masked(block: RoutedBlock) -> bool:
+    """Whether a block computes another thing than :meth:`RoutedBlock.masked` does."""
+    return type(block).masked is not RoutedBlock.masked or "masked" in vars(block)
 
 
 def _idempotent(module: nn.Module) -> type | None:

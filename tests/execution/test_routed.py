@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import spnet
 from spnet.models.resnet import PadShortcut
-from spnet.routing import routed_blocks
+from spnet.routing import Routing, routed_blocks
 from tests.conftest import assert_as_exact_as_masked, margins, settle
 
 
@@ -305,6 +305,25 @@ def test_a_body_that_overwrites_its_input_where_no_attribute_tells():
     x = torch.randn(4, 4)
     expected, got = (spnet.fast_forward(model, x, impl=impl, paths=paths) for impl in ("masked", "routed"))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+class _Halved(spnet.RoutedBlock):
+    def masked(self, x: Tensor, **options) -> Routing:
+        routing = super().masked(x, **options)
+        return routing._replace(output=routing.output * 0.5)
+
+
+@pytest.mark.parametrize("place", ["class", "instance"])
+def test_a_masked_of_a_users_own(place):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = _line()
+        if place == "class":
+            model[2].__class__ = _Halved
+        else:
+            model[2].masked = lambda x, block=model[2], **options: spnet.RoutedBlock.masked(block, 2 * x, **options)
+        _check(model, torch.randn(16, 4))
+        _check(nn.Sequential(*model).eval(), torch.randn(16, 4))
 
 
 class _Widened(nn.Linear):
