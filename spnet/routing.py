@@ -38,12 +38,7 @@ def decide(router_logits: Tensor, threshold: float = 0.0) -> Tensor:
     """Decide without noise: float [B, 2] logits of (skip, execute) -> bool [B].
 
     A sample executes where z_execute - z_skip > threshold; a tie or a NaN skips.
-
-    Raises:
-        ValueError: another shape.
     """
-    if not torch.jit.is_tracing() and (router_logits.dim() != 2 or router_logits.shape[1] != 2):
-        raise ValueError(f"router: expected logits [B, 2] of (skip, execute), got {list(router_logits.shape)}")
     return router_logits[:, 1] - router_logits[:, 0] > threshold
 
 
@@ -210,7 +205,7 @@ class RoutedBlock(ResidualBlock):
         """
         router_logits = None
         if decisions is None:
-            router_logits = self.router(x) if pooled is None else self.router.logits(pooled)
+            router_logits = logits_of(self, x, pooled)
             decisions = straight_through_gumbel(router_logits) if self.training else decide(router_logits)
         shortcut, body = self.shortcut(x), self.body(x)
         d = decisions.view(-1, *[1] * (body.dim() - 1))
@@ -220,6 +215,18 @@ class RoutedBlock(ResidualBlock):
         else:
             y = shortcut + d.to(body.dtype) * body
         return Routing(self.activation(y), router_logits, decisions)
+
+
+def logits_of(block: RoutedBlock, x: Tensor, pooled: Tensor | None = None) -> Tensor:
+    """A block's router logits [B, 2] of (skip, execute) for x [B, C, ...].
+
+    Raises:
+        ValueError: the router returns another shape.
+    """
+    z = block.router(x) if pooled is None else block.router.logits(pooled)
+    if not torch.jit.is_tracing() and (z.dim() != 2 or z.shape[0] != x.shape[0] or z.shape[1] != 2):
+        raise ValueError(f"router: expected logits [{len(x)}, 2] of (skip, execute), got {list(z.shape)}")
+    return z
 
 
 def check_sum(shortcut: Tensor, body: Tensor) -> None:

@@ -151,12 +151,17 @@ def test_unknown_model_names_the_near_matches():
         spnet.create_model("resnet20_cifar", shortcut="option-a")
 
 
-def test_masked_forward_compiles_whole():
-    model = spnet.create_model("resnet20_cifar", in_channels=1).eval()
+@pytest.mark.parametrize("training", [True, False])
+def test_masked_forward_compiles_whole(training):
+    model = spnet.create_model("resnet20_cifar", in_channels=1).train(training)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for size in (32, 24, 40):  # the second time PyTorch lets sizes vary
         x = torch.randn(2, 1, size, size)
-        torch.testing.assert_close(compiled(x), model(x))
+        outputs = []
+        for network in (compiled, model):
+            torch.manual_seed(1)
+            outputs.append(network(x))
+        torch.testing.assert_close(*outputs)
 
 
 def test_a_run_is_seen_by_its_own_thread_alone():
@@ -171,10 +176,23 @@ def test_a_run_is_seen_by_its_own_thread_alone():
     assert _active_run.get() is None
 
 
-@pytest.mark.parametrize("shape", [(3, 3), (3, 1), (3, 2, 4), (2,)])
-def test_logits_of_another_shape(shape):
-    with pytest.raises(ValueError, match=r"router: expected logits \[B, 2\] of \(skip, execute\), got"):
-        decide(torch.zeros(shape))
+class _Constant(nn.Module):
+    """Returns the same whatever it is given."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return self.value
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(3, 3), (3, 1), (3, 2, 4), (2,), (1, 2), (6, 2)])
+def test_logits_of_another_shape(shape, training):
+    block = spnet.RoutedBlock(nn.Linear(4, 4), _Constant(torch.zeros(shape))).train(training)
+    with pytest.raises(ValueError, match=r"router: expected logits \[3, 2\] of \(skip, execute\), got"):
+        block(torch.zeros(3, 4))
 
 
 @pytest.mark.parametrize(

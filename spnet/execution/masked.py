@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spnet.routing import RoutedBlock, Run, decide
+from spnet.routing import RoutedBlock, Run, decide, logits_of
 
 
 class MaskedRun(Run):
@@ -33,8 +33,7 @@ class MaskedRun(Run):
             if len(d) != len(x):
                 raise ValueError(f"paths: RoutedBlock number {column} got a batch of {len(x)}, paths has {len(d)} rows")
         else:
-            logits = block.router(x) if pooled is None else block.router.logits(pooled)
-            d = decide(logits, self._threshold)
+            d = decide(logits_of(block, x, pooled), self._threshold)
         self._decisions[column] = d
         return d
 
