@@ -156,10 +156,11 @@ def fast_forward(
     Raises:
         ValueError: a model in training mode, without RoutedBlocks, with compiled parts around them, with a BatchNorm
             without running statistics in a body, with a block that runs twice or, where paths are given or returned,
-            with one block inside another or on another batch than x; x of another shape, dtype or device than the
-            model's, or requiring grad; paths of another shape; a threshold that is NaN; an unknown impl, or one that
-            does not fit; a call that is traced or transformed.
-        TypeError: model is no module, x no tensor, or threshold no number.
+            with one block inside another or on another batch than x; a router or a body that returns another shape, or
+            a body that writes to its input (see :class:`spnet.RoutedBlock`); x of another shape, dtype or device than
+            the model's, or requiring grad; paths of another shape; a threshold that is NaN; an unknown impl, or one
+            that does not fit; a call that is traced or transformed.
+        TypeError: model is no module, x no tensor, threshold no number, or what a body returns no tensor.
     """
     refuse_traced(x)
     _check_impl(impl)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 
 def straight_through_gumbel(router_logits: Tensor, tau: float = 1.0) -> Tensor:
@@ -161,17 +162,23 @@ class RoutedBlock(ResidualBlock):
     and a skipped body contributes nothing at all, whatever it would have computed (also NaN).
 
     What a body gives for one sample must not depend on the others: the executions run it on those that are routed to
-    it. A path has one decision for each block, so in one forward a block runs once; and to force or to return paths, no
-    block may stand inside the body of another.
+    it. Nor may it write to its input, as one that begins with ``nn.ReLU(inplace=True)`` does: the shortcut needs it. A
+    path has one decision for each block, so in one forward a block runs once; and to force or to return paths, no block
+    may stand inside the body of another.
 
     A subclass that overrides :meth:`masked` is computed by it in every execution, so its skips save nothing. One that
     overrides ``forward`` calls this class's, by which alone paths and a threshold reach it.
 
     Args:
-        body, shortcut, activation: as in :class:`ResidualBlock`. In evaluation mode the sum must have the shape of the
-            shortcut, which is what a skipped sample gets.
+        body, shortcut, activation: as in :class:`ResidualBlock`. The body returns as many dimensions as the shortcut,
+            and the sum must have the shape of the shortcut, which is what a skipped sample gets.
         router: module from the block's input [B, C, ...] to logits [B, 2] of (skip, execute). With a
             :class:`Router` the executions pool only what changed since the block before.
+
+    Raises:
+        TypeError: a part that is no module; in a forward, a body that returns no tensor.
+        ValueError: in a forward, a router or a body that returns another shape, or a body that writes to its input
+            (which is not seen in compiled code and in vmap).
 
     Source: SP-Net (ECCV 2022); ConvNet-AIG (ECCV 2018), section 3.
     """
@@ -207,10 +214,10 @@ class RoutedBlock(ResidualBlock):
         if decisions is None:
             router_logits = logits_of(self, x, pooled)
             decisions = straight_through_gumbel(router_logits) if self.training else decide(router_logits)
-        shortcut, body = self.shortcut(x), self.body(x)
+        shortcut = self.shortcut(x)
+        body = added(self.body, x, shortcut)
         d = decisions.view(-1, *[1] * (body.dim() - 1))
         if d.dtype == torch.bool:
-            check_sum(shortcut, body)
             y = torch.where(d, shortcut + body, shortcut)
         else:
             y = shortcut + d.to(body.dtype) * body
@@ -229,13 +236,39 @@ def logits_of(block: RoutedBlock, x: Tensor, pooled: Tensor | None = None) -> Te
     return z
 
 
-def check_sum(shortcut: Tensor, body: Tensor) -> None:
-    """Raise a ValueError unless a sum expands the body [n, ...], if anything, and not the shortcut [B, ...]."""
+def added(body: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
+    """``body(x)``, which is added to some samples of the shortcut.
+
+    Args:
+        x: [n, C, ...], what the body is run on.
+        shortcut: [B, ...].
+
+    Returns:
+        What expands to [n, ...], the samples' shape in the shortcut, and has as many dimensions.
+
+    Raises:
+        TypeError: the body returns no tensor.
+        ValueError: it returns another shape, or writes to x.
+    """
+    # There a tensor has no version that tells of a write.
+    unseen = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_functorch_wrapped_tensor(x)
+    if not unseen and x.is_inference():
+        x = x.resolve_conj().resolve_neg()
+        with torch.inference_mode(False):
+            x = x.new_empty(0).set_(x)  # the same memory, with the version that a tensor of inference mode lacks
+    version = None if unseen else x._version
+    y = body(x)
+    name = type(body).__name__
+    if not unseen and x._version != version:
+        raise ValueError(f"body: expected a module that leaves its input as it is, got a {name} that writes to it")
+    if not isinstance(y, Tensor):
+        raise TypeError(f"body: expected a module that returns a Tensor, got a {name} of {type(y).__name__}")
     if torch.jit.is_tracing():
-        return
-    given, expected = body.shape[1:], shortcut.shape[1:]
-    if len(given) > len(expected) or any(g != 1 and g != e for g, e in zip(given[::-1], expected[::-1], strict=False)):
-        raise ValueError(f"body: expected samples of the shortcut's shape {list(expected)}, got {list(given)}")
+        return y
+    given, expected = y.shape, (x.shape[0], *shortcut.shape[1:])
+    if len(given) != len(expected) or any(g != 1 and g != e for g, e in zip(given, expected, strict=True)):
+        raise ValueError(f"body: expected {list(expected)} (the shortcut's shape), got {list(given)}")
+    return y
 
 
 class RoutedSequential(nn.Sequential):

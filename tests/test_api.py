@@ -242,7 +242,7 @@ def test_a_shortcut_that_is_expanded():
     model = _line(lambda: nn.Conv2d(8, 8, 3, 1, 1), shortcut=nn.AdaptiveAvgPool2d(1))
     paths = torch.tensor([[True, False, False], [False, True, False]])
     for impl in ("masked", "routed"):
-        with pytest.raises(ValueError, match=r"body: expected samples of the shortcut's shape \[8, 1, 1\]"):
+        with pytest.raises(ValueError, match=r"body: expected \[[12], 8, 1, 1\] \(the shortcut's shape\), got"):
             spnet.fast_forward(model, torch.randn(2, 8, 6, 6), impl=impl, paths=paths)
 
 

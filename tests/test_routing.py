@@ -1,5 +1,6 @@
 """Routers and routed blocks: the meaning that every execution must keep."""
 
+import re
 import threading
 
 import pytest
@@ -193,6 +194,60 @@ def test_logits_of_another_shape(shape, training):
     block = spnet.RoutedBlock(nn.Linear(4, 4), _Constant(torch.zeros(shape))).train(training)
     with pytest.raises(ValueError, match=r"router: expected logits \[3, 2\] of \(skip, execute\), got"):
         block(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 4, 5), (3, 1, 5), (3, 4, 5)])
+def test_a_body_that_is_expanded(shape, training):
+    body, d = torch.randn(shape), torch.tensor([True, False, True])
+    x = torch.randn(3, 4, 5)
+    block = spnet.RoutedBlock(_Constant(body), _Constant(1e4 * torch.stack([~d, d], 1).float())).train(training)
+    torch.testing.assert_close(block(x), x + d[:, None, None] * body, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(4, 1), (3, 5), (5,), (), (3, 4, 6), (2, 4, 5), (3, 4, 5, 1)])
+def test_a_body_of_another_shape(shape, training):
+    block = spnet.RoutedBlock(_Constant(torch.zeros(shape)), spnet.Router(4)).train(training)
+    message = f"body: expected [3, 4, 5] (the shortcut's shape), got {list(shape)}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        block(torch.zeros(3, 4, 5))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_body_that_returns_no_tensor(training):
+    block = spnet.RoutedBlock(nn.GRU(4, 4), spnet.Router(4)).train(training)
+    with pytest.raises(TypeError, match="body: expected a module that returns a Tensor, got a GRU of tuple"):
+        block(torch.zeros(3, 4))
+
+
+class _Rectified(nn.Linear):
+    """Overwrites its input where no attribute tells."""
+
+    def forward(self, x):
+        return super().forward(x[:].relu_())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("shortcut", [None, nn.Linear(4, 4)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_body_that_writes_to_its_input(training, shortcut, mode):
+    for body in (nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)), _Rectified(4, 4)):
+        block = spnet.RoutedBlock(body, spnet.Router(4), shortcut).train(training)
+        name = type(body).__name__
+        message = f"body: expected a module that leaves its input as it is, got a {name} that writes to it"
+        with mode(), pytest.raises(ValueError, match=message):
+            block(torch.randn(3, 4))
+
+
+def test_what_a_body_is_given_in_inference_mode():
+    block = _block().eval()
+    x, d = torch.randn(2, 4, 5, 5), torch.tensor([True, False])
+    expected = block.masked(x, decisions=d).output
+    with torch.inference_mode():
+        for view in (x + 0, torch.stack([x, x], -1)[..., 1], torch.complex(x, -x).conj().imag):
+            assert view.is_inference()
+            torch.testing.assert_close(block.masked(view, decisions=d).output, expected)
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,27 @@
 
 Skipped samples of identity blocks are neither read nor written where the state belongs to the run
 (inside a RoutedSequential), and their pooled vectors are reused by the next router. What a module of another library
-takes or returns belongs to the run only in a copy: the module may have kept it.
+takes or returns belongs to the run only in a copy: the module may have kept it. A body that no sample executes is run
+on one where the dtype of what it returns is not known, for the sum has that dtype.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from spnet.execution import ops
 from spnet.execution.masked import MaskedRun
-from spnet.routing import RoutedBlock, RoutedSequential, Router, check_sum, computes
+from spnet.routing import RoutedBlock, RoutedSequential, Router, added, computes
 
 # Applied twice they change nothing, so a sample that passed one need not pass the same one again.
 _IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Identity)
+
+# The dtypes that bodies returned, by what they were given: the sum has the same one where no sample executes.
+_dtypes: WeakKeyDictionary[nn.Module, dict[tuple, torch.dtype]] = WeakKeyDictionary()
 
 
 class _State(NamedTuple):
@@ -70,37 +75,32 @@ class RoutedRun(MaskedRun):
             pooled = None  # another router looks at x itself, and a hook on a router expects its call
         elif pooled is None and self._forced is None:
             pooled = Router.pool(x)
-        decisions = self.decisions(block, x, pooled)
-        index = ops.compact(decisions)
+        index = ops.compact(self.decisions(block, x, pooled))
         activation = _idempotent(block.activation)
         made = activation is not None or keeps_nothing(block.activation)  # for this run alone
         if len(index) == len(x):
-            return _State(block.activation(block.shortcut(x) + block.body(x)), made, activation)
+            y = block.shortcut(x)
+            return _State(block.activation(y + added(block.body, x, y)), made, activation)
 
         identity = computes(block.shortcut, nn.Identity)
         # A skipped sample of a settled block is unchanged: its activation has been applied before.
         settled = identity and activation is not None and activation in (nn.Identity, state.activation)
         owned = state.owned and (type(block.router) is Router or keeps_nothing(block.router))
-        overwrites = _begins_in_place(block.body, state.activation)
-        if settled and owned and len(index) == 0 and not overwrites:
+        known = _dtypes.setdefault(block.body, {})
+        given = x.dtype, torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
+        if settled and owned and len(index) == 0 and known.get(given) is x.dtype:
             return state._replace(pooled=pooled)
         y = block.shortcut(x)
-        if len(index) and not overwrites:
-            rows = ops.gather_rows(x, index)
-            version = _version(rows)
-            body = block.body(rows)
-            overwrites = _version(rows) != version and not torch.equal(rows, ops.gather_rows(x, index))
-        if overwrites:  # what others hold too, and the shortcut of every sample if it shares x's memory
-            body = block.body(x)
-            executes = decisions.view(-1, *[1] * (body.dim() - 1))
-            return _State(block.activation(torch.where(executes, y + body, y)), made, activation)
+        if len(index) or given not in known:
+            body = added(block.body, ops.gather_rows(x, index) if len(index) else x[:1], y)
+            known[given] = body.dtype
         if not owned if identity else _shares_memory(y, x) or not keeps_nothing(block.shortcut):
             y = y.clone()
+        # As the sum of masked: a body may be one number per channel, or, under autocast, of another dtype.
+        dtype = torch.promote_types(y.dtype, known[given])
+        y = y.to(dtype)
         if len(index):
-            # As the sum of masked: a body may be one number per channel, or, under autocast, of another dtype.
-            check_sum(y, body)
-            dtype = torch.promote_types(y.dtype, body.dtype)
-            y, body = y.to(dtype), body.to(dtype).expand(-1, *y.shape[1:])
+            body = body.to(dtype).expand(len(index), *y.shape[1:])
             if dtype.is_complex or (settled and activation not in (nn.ReLU, nn.Identity)):
                 sums = ops.gather_rows(y, index) + body
                 y.index_copy_(0, index, block.activation(sums) if settled else sums)
@@ -108,8 +108,8 @@ class RoutedRun(MaskedRun):
                 ops.scatter_add_rows_(y, index, body, settled and activation is nn.ReLU)
         if not settled:
             return _State(block.activation(y), made, activation)
-        if y.dim() == 2:
-            pooled = None  # is y itself
+        if y.dim() == 2 or dtype != x.dtype:
+            pooled = None  # is y itself, or of another dtype
         if pooled is not None:
             pooled = pooled.index_copy(0, index, Router.pool(ops.gather_rows(y, index)))
         return _State(y, True, activation, pooled)
@@ -135,20 +135,6 @@ def keeps_nothing(module: nn.Module) -> bool:
     return not any(
         "forward" in vars(m) or not type(m).__module__.startswith(("torch.nn.", "spnet.")) for m in module.modules()
     )
-
-
-def _begins_in_place(body: nn.Module, activation: type | None) -> bool:
-    """Whether a body may overwrite its input, and with other numbers than its activation has left there."""
-    for module in body.modules():
-        if module._parameters:
-            return False
-        if getattr(module, "inplace", False):
-            return type(module) is not activation
-    return False
-
-
-def _version(x: Tensor) -> int | None:
-    return None if x.is_inference() else x._version
 
 
 def _shares_memory(a: object, b: object) -> bool:

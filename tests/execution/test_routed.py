@@ -5,6 +5,7 @@ agree to 1e-4 relative. In half precision the error against float64 is at most t
 """
 
 import copy
+import math
 
 import pytest
 import torch
@@ -233,9 +234,9 @@ class _Reading(nn.Module):
 
 
 class _Constant(nn.Module):
-    def __init__(self):
+    def __init__(self, *shape: int):
         super().__init__()
-        self.value = nn.Parameter(torch.randn(16, 4))
+        self.value = nn.Parameter(torch.randn(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.value[: len(x)]
@@ -249,7 +250,7 @@ class _Rectified(nn.Linear):
 
 
 def _held(place: str) -> nn.Module:
-    body, router, shortcut, activation = nn.Linear(4, 4), spnet.Router(4, 8), None, nn.ReLU()
+    router, shortcut, activation = spnet.Router(4, 8), None, nn.ReLU()
     first: list[nn.Module] = [nn.Linear(4, 4), nn.ReLU()]
     if place == "module":
         first.append(_Keeping(nn.ReLU(), "output"))
@@ -258,28 +259,17 @@ def _held(place: str) -> nn.Module:
     elif place == "shortcut":
         shortcut = _Keeping(nn.Linear(4, 4), "output")
     elif place == "constant":
-        shortcut = _Constant()
+        shortcut = _Constant(16, 4)
     elif place == "activation":
         activation = _Keeping(nn.Tanh(), "output")
     elif place == "input":
         first, activation = [], None
-    elif place == "body":
-        body, activation = nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(4, 4)), None
-        first.pop()
-    elif place == "settled body":
-        body = nn.Sequential(nn.SiLU(inplace=True), nn.Linear(4, 4))
-    elif place == "projected body":
-        first, shortcut = [], nn.Linear(4, 4)
-        body = nn.Sequential(nn.Hardtanh(inplace=True), nn.Linear(4, 4))
-    block = spnet.RoutedBlock(body, router, shortcut, activation)
+    block = spnet.RoutedBlock(nn.Linear(4, 4), router, shortcut, activation)
     return settle(_Reading(*first, block, spnet.RoutedBlock(nn.Linear(4, 4), spnet.Router(4, 8))))
 
 
 @pytest.mark.parametrize("inference_mode", [False, True])
-@pytest.mark.parametrize(
-    "place",
-    "module router shortcut constant activation input body".split() + ["settled body", "projected body"],
-)
+@pytest.mark.parametrize("place", "module router shortcut constant activation input".split())
 def test_what_others_hold_is_as_masked_leaves_it(place, inference_mode):
     for seed in range(20):
         torch.manual_seed(seed)
@@ -298,13 +288,16 @@ def test_what_others_hold_is_as_masked_leaves_it(place, inference_mode):
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
-def test_a_body_that_overwrites_its_input_where_no_attribute_tells():
-    line = [spnet.RoutedBlock(_Rectified(4, 4), spnet.Router(4, 8)) for _ in range(2)]
-    model = settle(spnet.RoutedSequential(nn.Linear(4, 4), *line))
-    paths = torch.tensor([[False, True], [True, False], [True, True], [False, False]])
-    x = torch.randn(4, 4)
-    expected, got = (spnet.fast_forward(model, x, impl=impl, paths=paths) for impl in ("masked", "routed"))
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("executes", [[False] * 3, [True] * 3, [False, True, False]])
+@pytest.mark.parametrize("line", [nn.Sequential, spnet.RoutedSequential])
+def test_a_body_that_writes_to_its_input_is_refused(line, executes, mode):
+    for body in (nn.Sequential(nn.SiLU(inplace=True), nn.Linear(4, 4)), _Rectified(4, 4)):
+        block = spnet.RoutedBlock(body, spnet.Router(4, 8), None, nn.ReLU())
+        model = settle(line(nn.Linear(4, 4), nn.ReLU(), block))
+        for impl in ("masked", "routed"):
+            with mode(), pytest.raises(ValueError, match="body: expected a module that leaves its input as it is, got"):
+                spnet.fast_forward(model, torch.randn(3, 4), impl=impl, paths=torch.tensor(executes)[:, None])
 
 
 class _Halved(spnet.RoutedBlock):
@@ -331,16 +324,41 @@ class _Widened(nn.Linear):
         return super().forward(x).float() / 3
 
 
+@pytest.mark.parametrize("executes", [[False] * 4, [False, True, True, False], [True] * 4])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Hardtanh, nn.Identity])
-def test_a_body_of_another_dtype(activation):
+def test_a_body_of_another_dtype(activation, executes):
     torch.manual_seed(0)
     line = [spnet.RoutedBlock(_Widened(4, 4), spnet.Router(4, 8), None, activation()) for _ in range(2)]
     model = settle(spnet.RoutedSequential(nn.Linear(4, 4), activation(), *line))
-    paths = torch.tensor([[False, True], [True, False], [True, True], [False, False]])
+    x, paths = torch.ones(4, 4), torch.tensor([executes, executes[1:] + executes[:1]]).T
     with torch.autocast("cpu", torch.bfloat16):
-        expected, got = (spnet.fast_forward(model, torch.ones(4, 4), impl=i, paths=paths) for i in ("masked", "routed"))
+        expected, got = (spnet.fast_forward(model, x, impl=i, paths=paths) for i in ("masked", "routed"))
     assert got.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+class _Double(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.double())
+
+
+def test_a_skipped_body_of_another_dtype_outside_autocast():
+    blocks = [
+        spnet.RoutedBlock(_Double(4, 4).double(), spnet.Router(4, 8).to(t)) for t in (torch.float32, torch.float64)
+    ]
+    model = settle(spnet.RoutedSequential(nn.Linear(4, 4), *blocks, nn.Linear(4, 3).double()))
+    for threshold in (math.inf, 0.0, -math.inf, math.inf):
+        expected, got = (
+            spnet.fast_forward(model, torch.ones(4, 4), impl=i, threshold=threshold) for i in ("masked", "routed")
+        )
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_body_of_one_number_per_channel_for_all_samples():
+    line = [spnet.RoutedBlock(_Constant(1, 4, 1), spnet.Router(4, 8), None, nn.ReLU()) for _ in range(3)]
+    for seed in range(5):
+        torch.manual_seed(seed)
+        _check(settle(spnet.RoutedSequential(nn.ReLU(), *line)), torch.randn(8, 4, 3) + 2 * torch.randn(8, 4, 1))
 
 
 def test_a_body_of_one_number_per_channel():
