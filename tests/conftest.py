@@ -126,3 +126,13 @@ def assert_as_exact_as_masked(got: Tensor, model: nn.Module, x: Tensor, paths: T
 def network():
     """resnet20_cifar with one input channel, deciding about half of its blocks."""
     return settle(spnet.create_model("resnet20_cifar", in_channels=1))
+
+
+@pytest.fixture
+def other_defaults():
+    """PyTorch makes float64 tensors, without memory, where nothing else is asked for."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    with torch.device("meta"):
+        yield
+    torch.set_default_dtype(before)

@@ -68,14 +68,8 @@ def test_round_trip_of_other_dtype_and_memory_format(tmp_path, network):
     assert states_equal(loaded.bfloat16(), low)
 
 
-def test_the_defaults_of_torch_do_not_matter(folder, network):
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            loaded = load_model(folder)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert states_equal(loaded, network)
+def test_the_defaults_of_torch_do_not_matter(folder, network, other_defaults):
+    assert states_equal(load_model(folder), network)
 
 
 def test_compiled_model_is_saved_as_the_model_in_it(tmp_path, network):
