@@ -59,7 +59,9 @@ struct PackedBlock {
 
   // The pixels of a projection, one of four, are read again for every group of outputs: of heavy blocks from
   // a map of their own, as means are.
-  bool gathers() const { return shape.shortcut == Shortcut::pooled || (is_heavy && shape.stride > 1); }
+  bool gathers() const { return averages() || (is_heavy && shape.stride > 1); }
+  // The averages lie where a body that goes strip by strip has its own maps, so they come before it.
+  bool averages() const { return shape.shortcut == Shortcut::pooled; }
 };
 
 // A feature map in a buffer that is large enough for every map that will stand in it.

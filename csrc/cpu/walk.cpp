@@ -172,7 +172,7 @@ class Walk {
         shape(workspace_.samples[i].spare, block.shape.cout(), block.shape.out_height(),
               block.shape.out_width());
         // That of a sample whose body goes strip by strip is computed with it.
-        if (!block.is_heavy && (skips[i] || averages(block)))
+        if (!block.is_heavy && (skips[i] || block.averages()))
           run_shortcut(block, &i, 1, 0, block.shape.out_height(), skips);
       }
       if (block.is_heavy) run_shortcut(block, all, samples_, 0, block.shape.out_height(), skips);
@@ -396,9 +396,6 @@ class Walk {
     share(out.height, [work, run = plan_.ops.means](int64_t first, int64_t last) { run(work, first, last); });
   }
 
-  // Their averages lie where a body that goes strip by strip has its own maps, so they come before it.
-  static bool averages(const PackedBlock& block) { return block.shape.shortcut == Shortcut::pooled; }
-
   // Rows [begin, end) of the spare maps of some samples; for those that skip the body they are the block's
   // result.
   void run_shortcut(const PackedBlock& block, const int64_t* samples, int64_t n, int64_t begin, int64_t end,
@@ -414,7 +411,7 @@ class Walk {
           const MapBuffer& state = workspace_.samples[samples[i]].state;
           MapBuffer& gathered = workspace_.middles[i][0];
           shape(gathered, conv.shape.cin, conv.shape.out_height, conv.shape.out_width);
-          if (averages(block)) {
+          if (block.averages()) {
             run_means(block.shape, state, gathered);
           } else {
             run_pad(block.shape, state, gathered, conv.shape.cin, begin, end, nullptr);
@@ -523,7 +520,7 @@ class Walk {
         needed[j - 1] = block.squeezes ? body[j - 1].out_height : std::min(rows, body[j - 1].out_height);
       }
       for (int64_t j = 0; j <= last; ++j) {
-        if (j == last && !identity && !block.is_heavy && !averages(block)) {
+        if (j == last && !identity && !block.is_heavy && !block.averages()) {
           run_shortcut(block, samples, n, done[j], needed[j], skips);
         }
         const bool squeezes = body[j].squeeze.width > 0, adds = j == last && !squeezes;
