@@ -120,5 +120,6 @@ def decode_rgb(data: bytes, name: str) -> Any:
             return image.convert("RGB")
     except Image.UnidentifiedImageError as error:  # its message is the address of the BytesIO
         raise ValueError(f"{name}: expected an image, got {len(data)} bytes of something else") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError for some broken PNG files
+    # SyntaxError for some broken PNG files, ValueError for some of PPM.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: expected an image, got {error}") from error

@@ -222,11 +222,12 @@ class DecodingLoader(_EpochLoader):
 
 
 def _one_line_errors(batches: Iterable) -> Iterator:
-    """The batches of a DataLoader; its workers' ValueErrors without the traceback that it makes their message."""
+    """The batches of a DataLoader; its workers' errors without the traceback that it makes their message."""
     try:
         yield from batches
-    except ValueError as e:
-        raise ValueError(str(e).rpartition("\nValueError: ")[2].rstrip()) from e
+    except (ValueError, OSError) as e:  # of a file that is gone, or may not be read, the second
+        kind = ValueError if isinstance(e, ValueError) else OSError
+        raise kind(str(e).rpartition(f"\n{type(e).__name__}: ")[2].rstrip()) from e
 
 
 class FolderLoader(DecodingLoader):
@@ -243,7 +244,8 @@ class FolderLoader(DecodingLoader):
 
     Raises:
         ValueError: batch_size < 1, an empty set, no full batch with drop_last, or fewer images than ranks. While
-            iterating: a label outside the classes.
+            iterating: a label outside the classes, or what `dataset` raises.
+        OSError: what `dataset` raises while iterating.
     """
 
     def __init__(

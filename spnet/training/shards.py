@@ -154,8 +154,9 @@ def _index(url: str) -> tuple[str, Shard | str]:
 
 
 def _why(error: Exception) -> str:
-    # Not str(error): webdataset appends streams and URLs to an exception's arguments.
-    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or next(iter(error.args), '')}"
+    # Not str(error): webdataset appends streams and URLs to an exception's arguments, and a stream to the first.
+    told = getattr(error, "strerror", None) or str(next(iter(error.args), ""))
+    return f"{type(error).__name__}: {told.partition(' @ <')[0]}"
 
 
 def _read(url: str) -> Iterator[tuple[str, bytes, int]]:
@@ -167,7 +168,11 @@ def _read(url: str) -> Iterator[tuple[str, bytes, int]]:
         image = next((sample[kind] for kind in _IMAGES if kind in sample), None)
         if image is None or "cls" not in sample:
             raise ValueError(f"{name}: expected one of {', '.join(_IMAGES)} and cls, got {[*sample][2:]}")
-        yield name, image, int(sample["cls"])
+        try:
+            label = int(sample["cls"])
+        except ValueError as e:
+            raise ValueError(f"{name}: expected a class's number in cls, got {sample['cls'][:20]!r}") from e
+        yield name, image, label
     while stream.read(1 << 20):
         pass
     stream.file.close()  # a download that broke off says so here

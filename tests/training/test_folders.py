@@ -57,6 +57,9 @@ def test_undecodable_image_is_named(tmp_path):
     bad.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"bad\.png: expected an image, got 8 bytes of something else"):
         folders._read_rgb(str(bad))
+    bad.write_bytes(b"P6\n3 x\n255\n" + bytes(18))  # PPM: Pillow's own error is a ValueError without the name
+    with pytest.raises(ValueError, match=r"bad\.png: expected an image, got .*b'x'"):
+        folders._read_rgb(str(bad))
 
 
 def test_image_that_claims_to_be_enormous_is_named():

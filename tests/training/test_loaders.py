@@ -241,6 +241,16 @@ def test_folder_loader_does_not_depend_on_the_number_of_workers():
     assert batches_equal(folder_loader(workers=2).epoch(1, 1), folder_loader().epoch(1, 1))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_file_that_is_gone_is_one_line(workers, tmp_path):
+    class Files(DecodedImages):
+        def __getitem__(self, i):
+            return (tmp_path / f"{i}.png").read_bytes()
+
+    with pytest.raises(OSError, match=r"^\[Errno 2\] No such file or directory: '\S*/0.png'\Z"):
+        list(FolderLoader(Files(), "abcd", 2, train=False, workers=workers))
+
+
 def test_folder_loader_outlives_a_sigterm_to_its_workers():
     loader = folder_loader(workers=2, n=60)
     batches = loader.epoch(1)

@@ -178,6 +178,17 @@ def test_bad_shards_are_left_out_and_counted_or_an_error(folder, capsys, cut):
         index_shards(urls, "ignore")
 
 
+def test_what_makes_a_shard_bad_is_told_without_addresses(folder):
+    path = folder / "train-0.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:700])
+    with pytest.raises(ValueError, match=r"such as \S*train-0.tar: ReadError: unexpected end of data\Z"):
+        index_shards([str(path)])
+    write_shard(path, range(2), lambda label: {"jpg": jpg(label), "cls": b"cat"})
+    with pytest.raises(ValueError, match=r"train-0.tar: \S+: expected a class's number in cls, got b'cat'\Z"):
+        index_shards([str(path)])
+
+
 @pytest.mark.parametrize("how", ["missing", "truncated", "shorter", "one short"])
 def test_shard_that_is_bad_later(folder, capsys, how):
     loaders = {name: loader(folder, batch_size=9, bad_shards=name) for name in ("skip", "raise")}
