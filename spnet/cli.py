@@ -41,7 +41,9 @@ class _Group(click.Group):
             raise click.ClickException(str(e)) from e
 
 
-_FOLDER = click.Path(path_type=Path, file_okay=False)  # a file in its place is told before any work
+# What stands in its place is told before any work.
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
 
 
@@ -232,7 +234,7 @@ def evaluate_(model: str, impl: str, threshold: float, device: str, **test_set) 
 @_data_options
 @click.option("--limit", type=click.IntRange(1), help="Only so many images.")
 @click.option("--out", type=_FOLDER, default="paths", help="Folder for the pictures.")
-@click.option("--card", type=click.Path(path_type=Path), help="Also write a model card with the statistics.")
+@click.option("--card", type=_FILE, help="Also write a model card with the statistics.")
 def paths(model: str, limit: int | None, out: Path, card: Path | None, device: str, **test_set) -> None:
     """Statistics and pictures of the paths that test images take through MODEL.
 
@@ -255,7 +257,7 @@ def paths(model: str, limit: int | None, out: Path, card: Path | None, device: s
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The page; default: report.html in RUN.")
+@click.option("--out", type=_FILE, help="The page; default: report.html in RUN.")
 @click.option("--data-root", help="Folder of the data set, where it is another than in training.")
 @click.option("--limit", type=click.IntRange(1), help="Only so many test images.")
 @click.option("--device", default="cpu", help="Where the checkpoint runs.")

@@ -177,6 +177,8 @@ def test_files_and_folders_in_the_way_are_one_line(tmp_path, data):
     assert "Is a directory" in fail("train", "--config", str(tmp_path))
     for command in (["demo"], train, ["paths", "fashion-mnist", "--data-root", data]):
         assert f"Directory '{file}' is a file" in fail(*command, "--out", str(file))
+    for command in (["paths", "fashion-mnist", "--card"], ["report", str(tmp_path), "--out"]):
+        assert f"File '{tmp_path}' is a directory" in fail(*command, str(tmp_path))
 
 
 @pytest.mark.parametrize("command", ["demo", "paths"])
