@@ -105,10 +105,12 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: nothing there.
         ValueError: the file is truncated or of another format.
     """
-    path = Path(path)
-    path = path / WEIGHTS if path.is_dir() else path
+    folder = Path(path)
+    path = folder / WEIGHTS if folder.is_dir() else folder
     if not path.exists():
-        raise FileNotFoundError(f"path: no weights at {path}")
+        inside = sorted(str(found.parent) for found in folder.glob(f"*/{WEIGHTS}"))  # of a training run: best and last
+        hint = f", but in {' and '.join(inside[:2])}" if inside else ""
+        raise FileNotFoundError(f"path: no weights at {path}{hint}")
     try:
         return load_file(path)
     except SafetensorError as e:

@@ -129,6 +129,15 @@ def test_several_writers_at_once(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+def test_folder_of_model_folders_is_told_apart(tmp_path, folder):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("best", "last"):
+        (run / name).symlink_to(folder)
+    with pytest.raises(FileNotFoundError, match=rf"no weights at {run}/\S+, but in {run}/best and {run}/last\Z"):
+        load_model(run)
+
+
 def test_missing(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="no weights at .*nothing"):
         load_model(tmp_path / "nothing")
