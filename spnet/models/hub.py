@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 _LISTED_CLASSES = 20
+_MARKUP = re.compile(r"[\\`*_<\[|]")  # what Markdown would take for emphasis, a tag, a link or another column
 
 
 def save_pretrained(model: SPNet, folder: str | Path, statistics: PathStatistics | None = None) -> None:
@@ -77,7 +79,7 @@ def model_card(model: SPNet, statistics: PathStatistics | None = None) -> str:
     if model.data is not None:
         mean, std = (", ".join(f"{v:g}" for v in model.data[key]) for key in ("mean", "std"))
         rows["pixels"] = f"divided by 255, then normalised by mean {mean} and std {std}"
-        names = [name.replace("|", "\\|") for name in model.data.get("class_names", ())]
+        names = [_MARKUP.sub(r"\\\g<0>", name) for name in model.data.get("class_names", ())]
         listed = ", ".join(names) if len(names) <= _LISTED_CLASSES else f"names in `{CONFIG}`"
         rows["classes"] += f": {listed}" if names else ""
         images = "[N, H, W]" if model.in_channels == 1 else f"[N, H, W, {model.in_channels}]"

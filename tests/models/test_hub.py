@@ -94,6 +94,11 @@ def test_model_that_create_model_did_not_make(tmp_path):
     assert not (tmp_path / "net").exists()
 
 
+def test_names_of_classes_are_no_markup(network):
+    network.data = {**DATA, "class_names": ["__background__", "<unk>", "a|b", "`c`", "[d](e)", "f\\"]}
+    assert r"\_\_background\_\_, \<unk>, a\|b, \`c\`, \[d](e), f\\ |" in model_card(network)
+
+
 def test_card_tells_what_the_network_is(network):
     network.data = DATA
     card = model_card(network)
