@@ -35,7 +35,7 @@ from spnet.analysis.benchmarks import table
 from spnet.analysis.pictures import DPI, WIDTH
 from spnet.analysis.stability import evolution_alignment
 from spnet.models.files import WEIGHTS, load_initial_weights, load_model, write_whole
-from spnet.models.registry import create_model
+from spnet.models.registry import create_model, list_models
 from spnet.training import Evaluation, TrainConfig, Trainer, evaluate
 from spnet.training.checkpoint import load_state
 from spnet.training.data import Loader, load_dataset
@@ -104,8 +104,10 @@ class Study:
         """Leave word of what decides a run's outcome, or compare it with what is there.
 
         Raises:
-            ValueError: the folder is of a study of another size.
+            ValueError: the folder is of a study of another size, or a batch has more images than there are.
         """
+        if self.batch_size > self.images:
+            raise ValueError(f"batch_size: expected at most the {self.images} images, got {self.batch_size}")
         settings = {name: getattr(self, name) for name in ("model", "images", "epochs", "batch_size", "device")}
         note = self.finished / "study.json"
         if note.exists():
@@ -405,7 +407,11 @@ def _rates(context, parameter, text: str) -> tuple[float, ...]:
 
 @click.command()
 @click.option("--out", default="runs/ablation", help="Folder of the runs and of the results.")
-@click.option("--model", help="Default: resnet32_cifar on a GPU, resnet20_cifar on a CPU.")
+@click.option(
+    "--model",
+    type=click.Choice([name for name in list_models() if name.endswith("_cifar")]),
+    help="Default: resnet32_cifar on a GPU, resnet20_cifar on a CPU.",
+)
 @click.option(
     "--images", type=click.IntRange(1, 60000), help="Training images, the first. Default: all on a GPU, 10240 on a CPU."
 )
@@ -428,7 +434,10 @@ def main(out, model, images, epochs, batch_size, seeds, rates, jobs, minutes, re
     """Train and compare; sized to the machine it finds."""
     deadline = time.time() + 60 * minutes
     if report:
-        write(json.loads((Path(out) / "results.json").read_text()), Path(out))
+        results = Path(out) / "results.json"
+        if not results.exists():
+            raise click.ClickException(f"out: no results of a study at {results}")
+        write(json.loads(results.read_text()), Path(out))
         return
     gpu = torch.cuda.is_available()
     study = Study(

@@ -211,6 +211,7 @@ def test_folder_of_another_study(small, tmp_path):
         ("--seeds 0", "x>=1"),
         ("--jobs 0", "x>=1"),
         ("--batch-size 0", "x>=1"),
+        ("--model resnet20", "'resnet20' is not one of 'resnet20_cifar'"),
         ("--rates half", "could not convert string to float: 'half'"),
         ("--rates 0.5,1.5", "expected different rates in [0, 1], got 0.5,1.5"),
         ("--rates 0.3,0.30", "expected different rates in [0, 1], got 0.3,0.30"),
@@ -219,6 +220,19 @@ def test_folder_of_another_study(small, tmp_path):
 def test_options_out_of_range(ablation, tmp_path, option, told):
     done = CliRunner().invoke(ablation.main, ["--out", str(tmp_path / "out"), *option.split()])
     assert (done.exit_code, told in done.output) == (2, True), done.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--images 100", "batch_size: expected at most the 100 images, got 128"),
+        ("--report", "out: no results of a study at "),
+    ],
+)
+def test_study_that_cannot_be_leaves_no_folder(ablation, tmp_path, option, told):
+    done = CliRunner().invoke(ablation.main, ["--out", str(tmp_path / "out"), *option.split()])
+    assert (done.exit_code, told in done.output) == (1, True), done.output
     assert not (tmp_path / "out").exists()
 
 
