@@ -39,7 +39,8 @@ class RoutedRun(MaskedRun):
 
     Args:
         blocks, paths, threshold: as in MaskedRun.
-        in_place: False where a forward hook may keep an intermediate tensor, so that none may be overwritten.
+        in_place: False where a forward hook may keep an intermediate tensor, so that none may be overwritten, or
+            change one, so that every module is called.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class RoutedRun(MaskedRun):
             return _State(block.activation(y + added(block.body, x, y)), made, activation)
 
         identity = computes(block.shortcut, nn.Identity)
-        # A skipped sample of a settled block is unchanged: its activation has been applied before.
-        settled = identity and activation is not None and activation in (nn.Identity, state.activation)
+        # A skipped sample of a settled block is unchanged: its activation has been applied before. But a hook on an
+        # activation expects its call.
+        settled = self._in_place and identity and activation is not None
+        settled = settled and activation in (nn.Identity, state.activation)
         owned = state.owned and (type(block.router) is Router or keeps_nothing(block.router))
         known = _dtypes.setdefault(block.body, {})
         given = x.dtype, torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)

@@ -454,6 +454,20 @@ def test_a_kept_intermediate_is_never_overwritten(network):
     assert all(torch.equal(held, was) for held, was in kept.values())
 
 
+@pytest.mark.parametrize("part", ["shortcut", "activation"])
+@pytest.mark.parametrize("activation", [None, nn.ReLU()])
+@pytest.mark.parametrize("line", [nn.Sequential, spnet.RoutedSequential])
+def test_a_hook_changes_what_a_part_returns(line, activation, part):
+    blocks = [spnet.RoutedBlock(nn.Linear(4, 4), spnet.Router(4, 8), None, activation) for _ in range(3)]
+    model = settle(line(nn.ReLU(), *copy.deepcopy(blocks)))  # an activation of its own each
+    x, paths = torch.randn(8, 4), torch.rand(8, 3) < 0.5
+    before = spnet.fast_forward(model, x, impl="masked", paths=paths)
+    getattr(model[2], part).register_forward_hook(lambda module, args, y: 2 * y)
+    expected = spnet.fast_forward(model, x, impl="masked", paths=paths)
+    assert not torch.equal(expected, before)
+    torch.testing.assert_close(spnet.fast_forward(model, x, impl="routed", paths=paths), expected)
+
+
 def test_the_modules_of_a_body_see_only_its_samples(network):
     sizes = []
     network.features.stage1[1].body.register_forward_hook(lambda m, args, y: sizes.append(len(args[0])))
