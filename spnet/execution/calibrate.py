@@ -40,8 +40,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> Plan:
     for x in batches:
         if plan is None:
             plan = plan_of(model, x)
-            executed = torch.zeros(plan.num_blocks, device="cpu")
-            seconds = torch.zeros(2, plan.num_blocks, device="cpu")  # routed, dense
+            executed = torch.zeros(plan.num_blocks, dtype=torch.float64, device="cpu")
+            seconds = torch.zeros(2, plan.num_blocks, dtype=torch.float64, device="cpu")  # routed, dense
         _, paths = plan(x, return_paths=True)
         executed += paths.decisions.sum(0).cpu()
         samples += len(x)
@@ -60,7 +60,7 @@ def _times(plan: Plan, x: Tensor, decisions: Tensor) -> Tensor:
     clock = on(plan.device).clock
     with torch.autocast(plan.device.type, enabled=False):
         times = [_minima(clock, run) for run in plan.execution("batch").trials(x, decisions)]
-    return torch.tensor(times, device="cpu").reshape(-1, 2).T
+    return torch.tensor(times, dtype=torch.float64, device="cpu").reshape(-1, 2).T
 
 
 def _minima(clock: Callable, run: Callable[[bool], object]) -> tuple[float, float]:

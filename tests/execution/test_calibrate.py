@@ -1,5 +1,8 @@
 """Calibration: real maps, real rates, the faster choice, kept by the plan and by its file."""
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -70,6 +73,23 @@ def test_rates_and_choices(tmp_path, clock):
     spnet.fast_forward(model, batches[0])
     assert kept.plan_of(model).rates is None
     assert kept.plan_of(model).choices == ("routed",) * 4
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16])
+def test_whatever_the_default_dtype_is(monkeypatch, default):
+    """Which may neither count up to 257 nor tell 1.0001 s from 1 s."""
+    model = _network()
+    batches = [torch.randn(n, 3, 31, 31, dtype=torch.float32) for n in (128, 130)]
+    decisions = torch.cat([spnet.fast_forward(model, x, return_paths=True)[1].decisions for x in batches])
+    seconds = itertools.cycle([1.0001, 1.0])
+    monkeypatch.setattr(OnCpu, "clock", lambda self, function: partial(float, next(seconds)))
+    torch.set_default_dtype(default)
+    try:
+        found = spnet.calibrate(model, batches)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.rates, decisions.float().mean(0))
+    assert found.choices == ("dense",) * 4
 
 
 def test_before_calibration(tmp_path):
