@@ -47,9 +47,9 @@ def merge(runs: list[dict]) -> dict:
     """One result of several from machines of one kind. A cell that several have is the last one's.
 
     Raises:
-        ValueError: machines of several kinds.
+        ValueError: machines of several kinds, or CPUs of which other numbers of threads were measured.
     """
-    kinds = dict.fromkeys(map(_machine, runs))
+    kinds = dict.fromkeys(map(_kind, runs))
     if len(kinds) != 1:
         raise ValueError(f"merge: expected results of one kind of machine, got {' and '.join(kinds) or 'none'}")
     names = dict.fromkeys(name for run in runs for name in run["machine"])
@@ -60,6 +60,13 @@ def merge(runs: list[dict]) -> dict:
         "command": _joined(run["command"] for run in runs),
         "cells": sorted(cells.values(), key=lambda cell: cell["group"]),
     }
+
+
+def _kind(results: dict) -> str:
+    """The machine, with the threads where it is they that compute: no table says of a cell how many there were."""
+    machine = results["machine"]
+    threads = [] if "device" in machine or "threads" not in machine else [f"{machine['threads']} threads"]
+    return ", ".join([_machine(results), *threads])
 
 
 def _joined(values: Iterable) -> str | int:
@@ -249,7 +256,8 @@ def _thresholds_table(runs: dict[str, dict]) -> list[str]:
         share = dict.fromkeys(f"{p['executed_share']:.0%}" for p in points if p)
         us = [f"{p['us_per_image']:.0f}" if p else "" for p in points]
         rows.append([_static(first) if name == "static" else name, " / ".join(accuracy), " / ".join(share), *us])
-    return table([f"threshold ({first['images']} test images)", "accuracy", "executed MACs", *cells], rows)
+    images = " / ".join(dict.fromkeys(str(cell["images"]) for cell in cells.values()))
+    return table([f"threshold ({images} test images)", "accuracy", "executed MACs", *cells], rows)
 
 
 def _static(cell: dict) -> str:

@@ -141,6 +141,7 @@ def test_readme(results, tmp_path):
     benchmarks.write({**results, "date": "2026-01-03"}, folder, "new")
     another = copy.deepcopy({**results, "machine": {"cpu": "Another", "cpu_level": "v2"}, "date": "2026-01-01"})
     del another["cells"][1]
+    another["cells"][4]["images"] = 5
     another["cells"][4]["points"]["0.0"] = {"us_per_image": 75.0, "accuracy": 0.25, "executed_share": 0.4}
     benchmarks.write(another, folder, "another")
     text = f"before\n{benchmarks.BEGIN}\nstale\n{benchmarks.END}\nafter\n"
@@ -161,6 +162,7 @@ def test_readme(results, tmp_path):
         "",
     ]
     assert "| 0.0 | 50.00% / 25.00% | 40% | 25 | 75 |" in lines
+    assert "| threshold (7 / 5 test images) | accuracy | executed MACs | A Processor, us per image | " in got
     assert "A Processor, us per image | Another, v2, us per image |" in got
     picture = lines.index("![speed-up](bench/results/new/speed-up.png)")
     assert lines[picture - 1] == ""  # or it would be a row of the table
@@ -225,6 +227,11 @@ def test_merged_results(results, tmp_path):
     assert got["cells"] == runs[1]["cells"]
     with pytest.raises(ValueError, match="merge: expected results of one kind of machine, got A GPU and A Processor"):
         benchmarks.merge([*runs, results])
+    # The threads of a CPU are what was measured.
+    more = {**results, "machine": {"cpu": "A Processor", "threads": 16}}
+    with pytest.raises(ValueError, match="got A Processor, 2 threads and A Processor, 16 threads$"):
+        benchmarks.merge([results, more])
+    assert benchmarks.merge([results, results])["machine"] == results["machine"]
 
 
 def test_commands(results, tmp_path):
