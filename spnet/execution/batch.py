@@ -150,15 +150,16 @@ class Batch:
     def _make(self, convolution: type[_Convolution]) -> _Layers:
         return _Layers(self._network, self._weights, self._dtype, convolution)
 
-    @torch.autocast("cpu", enabled=False)
     @torch.no_grad()
     def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         """x [B, C, H, W], paths bool [B, L] or None -> float32 logits [B, classes], decisions bool [B, L]."""
-        logits, decisions = self._run(self._layers, x, paths, threshold)
-        if self._is_fused and len(x) and not max(map(abs, torch.stack(torch.aminmax(x)).tolist())) <= LARGEST:
-            bad = ~(x.abs().flatten(1).amax(1).float() <= LARGEST)
-            paths = None if paths is None else paths[bad]
-            logits[bad], decisions[bad] = self._run(self._plain, x[bad], paths, threshold)
+        # Not as a decorator, which would give one thread the setting that another had before.
+        with torch.autocast("cpu", enabled=False):
+            logits, decisions = self._run(self._layers, x, paths, threshold)
+            if self._is_fused and len(x) and not max(map(abs, torch.stack(torch.aminmax(x)).tolist())) <= LARGEST:
+                bad = ~(x.abs().flatten(1).amax(1).float() <= LARGEST)
+                paths = None if paths is None else paths[bad]
+                logits[bad], decisions[bad] = self._run(self._plain, x[bad], paths, threshold)
         return logits, decisions
 
     def _run(self, layers: _Layers, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:

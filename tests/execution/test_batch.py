@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
 
 import pytest
 import torch
@@ -176,6 +177,28 @@ def test_several_threads_on_one_plan(imagenet_network):
 
     with ThreadPoolExecutor(4) as executor:
         assert all(executor.map(work, range(12)))
+
+
+def test_autocast_stays_in_its_thread(imagenet_network, monkeypatch):
+    plan, both = spnet.lower(imagenet_network), Barrier(2, timeout=60)
+    run = batch_module.Batch._run
+
+    def together(*args):
+        both.wait()
+        result = run(*args)
+        both.wait()
+        return result
+
+    monkeypatch.setattr(batch_module.Batch, "_run", together)
+    expected = imagenet_network(x := _input(imagenet_network, 2))
+
+    def work(enabled: bool) -> bool:
+        with torch.autocast("cpu", enabled=enabled):
+            _assert_close(plan(x, impl="batch"), expected)
+            return torch.is_autocast_enabled("cpu")
+
+    with ThreadPoolExecutor(2) as executor:
+        assert list(executor.map(work, (False, True))) == [False, True]
 
 
 def test_without_onednn(imagenet_network):
