@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from numbers import Integral
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -283,6 +284,16 @@ def _is_global(of: dict[str, Any], before: Tensor, after: Tensor) -> bool:
     return list(kernel) == list(before.shape[2:]) and _side(of["padding"]) == 0 and of["divisor_override"] is None
 
 
+_switching = RLock()
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """What is compiled runs as it was written. The switch is the process's: one of two threads would leave it so."""
+    with _switching, torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @torch.inference_mode(False)  # where tensors have no versions
 @torch.no_grad()
 def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
@@ -310,7 +321,7 @@ def read(model: nn.Module, shape: tuple[int, ...]) -> list[Step]:
     x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
     notes = _Notes(model, x)
     try:
-        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()  # is set here, not by `with`
+        eager = _eager() if compiled else nullcontext()
         with eager, torch.autocast(x.device.type, enabled=False), active(notes), notes:
             y = model(x)
     except (LoweringError, MemoryError, torch.OutOfMemoryError):

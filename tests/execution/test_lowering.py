@@ -1,8 +1,10 @@
 """Networks of others: what their forward computes is found by running it, and their plans are never stale either."""
 
 import gc
+import itertools
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -310,15 +312,45 @@ def test_a_network_that_was_compiled_in_place(model):
     agrees(model, x)
 
 
+def assert_compiles() -> None:
+    graphs = []
+    torch.compile(lambda x: x + 1, backend=lambda graph, inputs: graphs.append(graph) or graph)(torch.zeros(1))
+    assert len(graphs) == 1
+
+
 def test_compilation_goes_on_after_a_network_of_compiled_parts(model):
     for part in (model.layer1, model.layer2):
         part.compile(backend="eager")
     spnet.lower(model, (3, 32, 32))
     with pytest.raises(spnet.LoweringError, match="training mode"):
         spnet.lower(model.train(), (3, 32, 32))
-    graphs = []
-    torch.compile(lambda x: x + 1, backend=lambda graph, inputs: graphs.append(graph) or graph)(torch.zeros(1))
-    assert len(graphs) == 1
+    assert_compiles()
+
+
+def test_compilation_goes_on_after_two_threads(model, monkeypatch):
+    model.layer1.compile(backend="eager")
+    number, active = itertools.count(), lowering.active
+    second_is_in, one_is_out = threading.Event(), threading.Event()
+
+    def overlapping(run):
+        if next(number) == 0:
+            second_is_in.wait(1)  # in vain where it waits outside
+        else:
+            second_is_in.set()
+            one_is_out.wait(60)
+        return active(run)
+
+    def lower(_) -> None:
+        spnet.lower(model, (3, 32, 32))
+        one_is_out.set()
+
+    monkeypatch.setattr(lowering, "active", overlapping)
+    with ThreadPoolExecutor(2) as executor:
+        list(executor.map(lower, range(2)))
+    try:
+        assert_compiles()
+    finally:
+        torch.compiler.set_stance("default")
 
 
 @pytest.mark.parametrize("make", [ResNet, lambda: Variant(Functions), lambda: Variant(Linear)])
