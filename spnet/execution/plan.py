@@ -305,7 +305,7 @@ def _read(data: bytes, device: torch.device | str, source: str) -> Plan:
         tensors = load(data)
     except (SafetensorError, KeyError) as e:  # a KeyError of a type that safetensors knows, but not for PyTorch
         raise ValueError(f"{source} is no complete plan ({e})") from e
-    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     if metadata.get("spnet-plan") != str(FORMAT_VERSION):
         found = metadata.get("spnet-plan", "none")
         raise ValueError(f"{source} has plan version {found}, expected {FORMAT_VERSION}")

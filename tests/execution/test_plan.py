@@ -361,6 +361,9 @@ def test_damaged_files_are_refused(tmp_path, options):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="no complete plan"):
             spnet.load_plan(path)
+    path.write_bytes(b"\x1b" + bytes(7) + b'{"__metadata__": null     }')
+    with pytest.raises(ValueError, match="plan version none, expected 3"):
+        spnet.load_plan(path)
     path.write_bytes(whole)
     tensors = load_file(path)
     meta = {"spnet-plan": "3", "dtype": "float32", "blocks": "a\nb\nc\nd"}
