@@ -241,6 +241,14 @@ NETWORKS = {
         256,
         [Block(256, 64, 256, kernels=(1, 3, 1)), Block(256, 64, 320, 1, PROJECTION, kernels=(1, 3, 1))],
     ),
+    # That fit a strip into the cache but may not go by strips: a row would be written before the next one's taps are
+    # read, or a mean taken before all rows are there.
+    "no-strips": Network(1, (30, 200), 32, [Block(32, 16, 32, kernels=(3, 1))]),
+    "no-strips-of-squeezes": Network(1, (26, 25), 256, [Block(256, 64, 256, kernels=(1, 3, 1), squeezes=(0, 0, 5))]),
+    # The mean is of all rows, also of the last one, which the stride behind it steps over.
+    "squeezes-before-a-stride": Network(
+        1, (6, 5), 3, [Block(3, 5, 7, 2, PROJECTION, kernels=(3, 1), squeezes=(4, 0), strided=1)]
+    ),
     "heavy": Network(
         1,
         (7, 5),
