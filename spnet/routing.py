@@ -344,14 +344,17 @@ def _checked(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside the wrappers of torch.compile and of the parallel trainings, which hide the blocks.
+    """The network inside the wrappers of torch.compile and of the parallel trainings, in either order, which hide the
+    blocks.
 
     Raises:
         TypeError: no module.
     """
     if "_orig_mod" in _checked(model)._modules:
-        model = model._orig_mod
-    return model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
+        return unwrapped(model._orig_mod)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    return model
 
 
 def routed_blocks(model: nn.Module) -> dict[str, RoutedBlock]:

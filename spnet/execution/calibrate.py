@@ -35,7 +35,10 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> Plan:
     Raises:
         LoweringError: the model does not fit.
         ValueError: no sample in the batches, or an input that does not fit the model.
+        TypeError: batches is one tensor, whose samples would be taken for batches, or holds others than tensors.
     """
+    if isinstance(batches, Tensor):
+        raise TypeError("batches: expected an iterable of batches [B, C, H, W], got one Tensor; pass [x]")
     model, plan, samples = unwrapped(model), None, 0
     for x in batches:
         if plan is None:

@@ -147,6 +147,12 @@ def test_no_samples(batches):
         spnet.calibrate(_network(), batches)
 
 
+def test_one_tensor_is_no_batches(network):
+    """Its samples would be taken for batches, and refused by their shape."""
+    with pytest.raises(TypeError, match="batches: expected an iterable of batches .* got one Tensor"):
+        spnet.calibrate(network, torch.zeros(2, 1, 32, 32))
+
+
 def test_what_does_not_fit():
     with pytest.raises(ValueError, match=r"x: expected torch.float32 \[B, 3, 31, 31\]"):
         spnet.calibrate(_network(), [torch.zeros(1, 3, 32, 32)])
