@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ from spnet.execution.lowering import is_watched, shape_of
 from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
 from spnet.execution.plan import LoweringError, Plan, checked_threshold, refuse_traced
-from spnet.execution.routed import RoutedRun, keeps_nothing, overrides_masked
-from spnet.routing import RoutedBlock, RoutedSequential, Router, active, own_weight, uncompiled, unwrapped
+from spnet.execution.routed import ObservedRun, RoutedRun, overrides_masked
+from spnet.routing import RoutedBlock, RoutedSequential, Router, Run, active, own_weight, uncompiled, unwrapped
 
 IMPLEMENTATIONS = ("masked", "routed", "batch", "walk")
 
@@ -111,11 +112,25 @@ def _check_paths(paths: Tensor, batch: int, blocks: int, device: torch.device) -
         raise ValueError(f"paths: expected device {device} (the input's), got {paths.device}")
 
 
+def _check_mixing(scan: _Scan) -> None:
+    if scan.mixing:
+        raise ValueError(
+            f"model: {scan.mixing!r} normalises a sample by the others of its batch; impl='masked' runs it"
+        )
+
+
 def _check_impl(impl: str) -> None:
     known = ("auto", *IMPLEMENTATIONS)
     if impl not in known:
         near = difflib.get_close_matches(str(impl), known, n=1, cutoff=0.5) or known
         raise ValueError(f"impl: unknown {impl!r}; did you mean {', '.join(map(repr, near))}?")
+
+
+def _forward(model: nn.Module, x: Tensor, run: Run) -> Tensor:
+    # Not the code of model.compile(), which knows of no run.
+    forward = model if model._compiled_call_impl is None else model._call_impl
+    with torch.no_grad(), active(run):
+        return forward(x)
 
 
 @uncompiled
@@ -173,10 +188,8 @@ def fast_forward(
     scan = _scan(model)
     _check_input(model, scan.weight, x)
     blocks = list(scan.blocks.values())
-    if scan.mixing and impl != "masked":
-        raise ValueError(
-            f"model: {scan.mixing!r} normalises a sample by the others of its batch; impl='masked' runs it"
-        )
+    if impl != "masked":
+        _check_mixing(scan)
     if scan.inner and (return_paths or paths is not None):
         raise ValueError(f"model: RoutedBlock {scan.inner!r} stands inside another, so samples have no path of theirs")
     if paths is not None:
@@ -185,10 +198,7 @@ def fast_forward(
         run = MaskedRun(blocks, paths, threshold)
     else:
         run = RoutedRun(blocks, paths, threshold, in_place=not scan.hooked)
-    # Not the code of model.compile(), which knows of no run.
-    forward = model if model._compiled_call_impl is None else model._call_impl
-    with torch.no_grad(), active(run):
-        output = forward(x)
+    output = _forward(model, x, run)
     if not return_paths:
         return output
     decisions = run.paths(len(x), x.device)
@@ -215,12 +225,15 @@ class Explanation:
 def explain(model: nn.Module, x: Tensor) -> Explanation:
     """Say which execution ``fast_forward(model, x)`` takes and why, and what a skip costs at each block.
 
-    Args and errors as in :func:`fast_forward`: where that takes "routed", it is run on the first sample of x.
+    Args and errors as in :func:`fast_forward`: where that takes "routed", the first sample of x is run and executes
+    every block.
     """
+    refuse_traced(x)
     model = unwrapped(model)
     scan = _scan(model)
     _check_input(model, scan.weight, x)
     choices: tuple[str, ...] = ("routed",) * len(scan.blocks)
+    run = ObservedRun(list(scan.blocks.values()), threshold=-math.inf, in_place=not scan.hooked)
     try:
         plan = plan_of(model, x)
         on_gpu = plan.device.type == "cuda"
@@ -234,7 +247,8 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             )
     except LoweringError as e:
         impl, reason = "routed", f"gathers the samples routed to each body; walk and batch do not fit: {e}"
-        fast_forward(model, x[:1], impl=impl)
+        _check_mixing(scan)
+        _forward(model, x[:1], run)  # by its threshold blocks inside others run too
 
     def skipped(block: RoutedBlock, choice: str) -> str:
         if choice == "dense":
@@ -247,14 +261,26 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             return "a branch not taken"
         if impl == "batch":
             return "untouched"
-        router = "" if type(block.router) is Router else "; not a spnet.Router: it reads every sample"
+        seen = run.observed.get(id(block))
+        if seen is None:
+            return "the model's forward does not run it"
+        costs = []
+        if not seen.owned:
+            costs.append(f"copied: {why_copied(block, seen.given)}")
+        if not seen.settled:
+            costs.append(f"activation {type(block.activation).__name__} computed for every sample")
+        if type(block.router) is not Router:
+            costs.append("not a spnet.Router: it reads every sample")
+        return "; ".join(costs if not (seen.owned and seen.settled) else ["untouched", *costs])
+
+    def why_copied(block: RoutedBlock, given: bool) -> str:
         if scan.hooked:
-            return "copied: a forward hook on the model may keep intermediate tensors" + router
+            return "a forward hook on the model may keep intermediate tensors"
         if id(block) not in scan.in_line:
-            return "copied: not a child of a RoutedSequential, so others may hold its input" + router
-        if router and not keeps_nothing(block.router):
-            return "copied: its router may keep its input" + router
-        return "untouched" + router
+            return "not a child of a RoutedSequential, so others may hold its input"
+        if given:
+            return "its router may keep its input"
+        return "no layer of PyTorch or spnet in a RoutedSequential made its input, so others may hold it"
 
     named = zip(scan.blocks.items(), choices, strict=True)
     return Explanation(impl, reason, {name: skipped(block, choice) for (name, block), choice in named})

@@ -276,8 +276,9 @@ def test_inputs_of_integers():
 def test_data_parallel(network):
     x = torch.randn(3, 1, 32, 32)
     wrapped = nn.DataParallel(network)
-    assert torch.equal(spnet.fast_forward(wrapped, x), spnet.fast_forward(network, x))
-    assert spnet.explain(wrapped, x).impl == "walk"
+    for model in (wrapped, nn.DataParallel(torch.compile(network, backend="eager"))):
+        assert torch.equal(spnet.fast_forward(model, x), spnet.fast_forward(network, x))
+        assert spnet.explain(model, x).impl == "walk"
 
 
 def test_unknown_impl_names_the_near_match(network):
@@ -515,6 +516,37 @@ def test_explain_says_that_a_block_outside_a_line_is_copied():
     assert "walk and batch do not fit: Sequential does not return logits" in text
     assert "not a child of a RoutedSequential" in text
     assert "not a spnet.Router" in text
+
+
+def test_explain_says_what_routed_does_with_those_that_skip():
+    """Who made a block's input, and whether that has passed the block's activation, is known when it runs."""
+
+    def block(activation=None, body=None):
+        return spnet.RoutedBlock(body or nn.Linear(8, 8), spnet.Router(8), activation=activation)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            line = nn.Linear(8, 8), nn.ReLU(), block(nn.ReLU()), block(nn.Tanh()), block(nn.ReLU()), block()
+            self.line = spnet.RoutedSequential(*line)
+            self.head = spnet.RoutedSequential(block(nn.ReLU(), spnet.RoutedSequential(block())))
+            self.idle = block()
+
+        def forward(self, x):
+            return self.head(self.line(x))
+
+    model, x = settle(Network(), bias=-100.0), torch.randn(3, 8)
+    copied = "copied: no layer of PyTorch or spnet in a RoutedSequential made its input, so others may hold it"
+    for _ in range(2):  # nor does it matter who skips
+        assert spnet.explain(model, x).blocks == {
+            "line.2": "untouched",
+            "line.3": "activation Tanh computed for every sample",
+            "line.4": "activation ReLU computed for every sample",
+            "line.5": "untouched",
+            "head.0": f"{copied}; activation ReLU computed for every sample",
+            "head.0.body.0": copied,
+            "idle": "the model's forward does not run it",
+        }
 
 
 def test_explain_says_that_a_masked_of_a_users_own_is_computed():

@@ -84,11 +84,7 @@ class RoutedRun(MaskedRun):
             return _State(block.activation(y + added(block.body, x, y)), made, activation)
 
         identity = computes(block.shortcut, nn.Identity)
-        # A skipped sample of a settled block is unchanged: its activation has been applied before. But a hook on an
-        # activation expects its call.
-        settled = self._in_place and identity and activation is not None
-        settled = settled and activation in (nn.Identity, state.activation)
-        owned = state.owned and (type(block.router) is Router or keeps_nothing(block.router))
+        settled, owned = self._settles(block, state), _owned(block, state)
         known = _dtypes.setdefault(block.body, {})
         given = x.dtype, torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
         if settled and owned and len(index) == 0 and known.get(given) is x.dtype:
@@ -116,6 +112,37 @@ class RoutedRun(MaskedRun):
         if pooled is not None:
             pooled = pooled.index_copy(0, index, Router.pool(ops.gather_rows(y, index)))
         return _State(y, True, activation, pooled)
+
+    def _settles(self, block: RoutedBlock, state: _State) -> bool:
+        """Whether a skipped sample is unchanged: what made it has applied the block's activation before."""
+        activation = _idempotent(block.activation)
+        before = activation in (nn.Identity, state.activation or nn.Identity)
+        return before and computes(block.shortcut, nn.Identity) and self._in_place  # a hook on one expects its call
+
+
+def _owned(block: RoutedBlock, state: _State) -> bool:
+    """Whether the block may write to its input, which its router has seen."""
+    return state.owned and (type(block.router) is Router or keeps_nothing(block.router))
+
+
+class Observation(NamedTuple):
+    """What every skip of a block costs, whoever skips."""
+
+    settled: bool  # the activation need not be computed for skipped samples
+    given: bool  # the block's input belongs to the run
+    owned: bool  # also after its router has seen it, so it is not copied
+
+
+class ObservedRun(RoutedRun):
+    """Also observes every RoutedBlock that runs, by its id."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.observed: dict[int, Observation] = {}
+
+    def _step(self, block: RoutedBlock, state: _State) -> _State:
+        self.observed[id(block)] = Observation(self._settles(block, state), state.owned, _owned(block, state))
+        return super()._step(block, state)
 
 
 def overrides_masked(block: RoutedBlock) -> bool:
