@@ -85,7 +85,7 @@ void scale(const Scale& scale, int64_t row_begin, int64_t row_end) {
 }
 
 // Keeps NaN.
-inline Vec larger(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
+inline Vec larger(Vec a, Vec b) { return ((b > a) | (b != b)) ? b : a; }
 
 void max_pool(const MaxPool& pool, int64_t row_begin, int64_t row_end) {
   const int64_t lanes = pool.in.lanes;
