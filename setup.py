@@ -23,7 +23,6 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
-            # The build environment's: a cache left by an earlier build may name one that is gone.
             "CMAKE_MAKE_PROGRAM": _tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -32,7 +31,8 @@ class CMakeBuild(build_ext):
             "SPNET_VERSION": self.distribution.get_version(),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.check_call([_tool("cmake"), "-S", ROOT, "-B", build_dir, "-G", "Ninja", *defines])
+        # Not by the cache of an earlier build, which names its own compiler and tools, perhaps in a folder moved since.
+        subprocess.check_call([_tool("cmake"), "--fresh", "-S", ROOT, "-B", build_dir, "-G", "Ninja", *defines])
         subprocess.check_call([_tool("cmake"), "--build", build_dir])
 
 
