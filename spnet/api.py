@@ -15,7 +15,7 @@ from spnet.execution.kept import plan_of, run_plan
 from spnet.execution.lowering import is_watched, shape_of
 from spnet.execution.masked import MaskedRun
 from spnet.execution.paths import Paths
-from spnet.execution.plan import LoweringError, Plan, checked_threshold, refuse_traced
+from spnet.execution.plan import LoweringError, Plan, checked_threshold, refuse_recorded
 from spnet.execution.routed import ObservedRun, RoutedRun, overrides_masked
 from spnet.routing import RoutedBlock, RoutedSequential, Router, Run, active, own_weight, uncompiled, unwrapped
 
@@ -88,8 +88,6 @@ def _by_plan(
 def _check_input(model: nn.Module, weight: Tensor | Plan | None, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("x: requires grad, but fast_forward is inference only; pass x.detach(), or call model(x)")
     shape = shape_of(model)
     if shape is not None and tuple(x.shape[1:]) != shape:
         raise ValueError(f"x: expected [B, {', '.join(map(str, shape))}], got {list(x.shape)}")
@@ -177,7 +175,7 @@ def fast_forward(
             that does not fit; a call that is traced or transformed.
         TypeError: model is no module, x no tensor, threshold no number, or what a body returns no tensor.
     """
-    refuse_traced(x)
+    refuse_recorded(x)
     _check_impl(impl)
     threshold = checked_threshold(threshold)
     model = unwrapped(model)
@@ -228,7 +226,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     Args and errors as in :func:`fast_forward`: where that takes "routed", the first sample of x is run and executes
     every block.
     """
-    refuse_traced(x)
+    refuse_recorded(x)
     model = unwrapped(model)
     scan = _scan(model)
     _check_input(model, scan.weight, x)

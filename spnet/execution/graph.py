@@ -118,8 +118,14 @@ class _Layers:
         def take(pack: Callable[[Tensor], Tensor] | None = None) -> Tensor:
             # A copy: a view would keep all float32 weights alive, and would not lie at 16 bytes.
             weight = next(flat).view(next(shapes)).clone()
-            self.weights.append(weight if pack is None else pack(weight.to(dtype)))
-            return self.weights[-1]
+            if pack is not None:
+                rounded = weight.to(dtype)
+                beyond = weight[rounded.isinf() & weight.isfinite()]
+                if len(beyond):
+                    raise ValueError(f"a weight of {beyond[0]:g} is beyond the range of {dtype}")
+                weight = pack(rounded)
+            self.weights.append(weight)
+            return weight
 
         def convolution(shape: Convolution, pack: Callable[[Tensor], Tensor] = pack_weight) -> _Conv:
             return _Conv(shape, take(pack), take())
@@ -318,7 +324,7 @@ class Graph:
         dense: per block, whether every sample computes its body, by PyTorch.
 
     Raises:
-        ValueError: a convolution that the kernels do not compute.
+        ValueError: a convolution that the kernels do not compute, or a weight beyond the range of the dtype.
     """
 
     def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype):

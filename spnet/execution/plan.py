@@ -182,11 +182,11 @@ class Plan:
             Logits [B, classes] of the plan's dtype, or (logits, Paths).
 
         Raises:
-            ValueError: another shape, dtype or device, a threshold that is NaN, or a call that is traced or
-                transformed; LoweringError for an unknown ``impl``, or one that the network does not fit.
+            ValueError: another shape, dtype or device, x that requires grad, a threshold that is NaN, or a call that is
+                traced or transformed; LoweringError for an unknown ``impl``, or one that the network does not fit.
             TypeError: x or paths is no tensor, or threshold no number.
         """
-        refuse_traced(x)
+        refuse_recorded(x)
         logits, decisions = self.run(x, paths, threshold, impl)
         return (logits, self.paths_of(decisions)) if return_paths else logits
 
@@ -252,8 +252,10 @@ def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int | None, ..
         )
 
 
-def refuse_traced(x: Tensor) -> None:
+def refuse_recorded(x: Tensor) -> None:
     """Raise a ValueError where PyTorch records or transforms operators: it would not see what native code computes."""
+    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("x: requires grad, but this is inference only; pass x.detach(), or call model(x)")
     traced = torch.jit.is_tracing() or isinstance(x, FakeTensor)
     if torch._C._len_torch_dispatch_stack():  # a mode of a user, such as one that counts operators, is none of these
         traced = traced or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)

@@ -359,6 +359,17 @@ def test_convolutions_that_do_not_fit(change, message):
         Graph(lowered.network, lowered.weights, torch.float32)
 
 
+def test_weights_beyond_the_range_of_the_dtype():
+    lowered = spnet.lower(_network("cifar", torch.device("cpu")))
+    weights = lowered.weights.clone()
+    weights[0] = 1e5
+    with pytest.raises(ValueError, match="a weight of 100000 is beyond the range of torch.float16"):
+        Graph(lowered.network, weights, torch.float16)
+    Graph(lowered.network, weights, torch.bfloat16)
+    weights[0] = torch.inf  # is what the model has
+    Graph(lowered.network, weights, torch.float16)
+
+
 def test_devices_that_do_not_fit(monkeypatch):
     for dtype in (torch.float64, torch.int8):
         with pytest.raises(ValueError, match=f"{dtype} on cuda:0 is neither"):

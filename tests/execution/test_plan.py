@@ -50,6 +50,7 @@ def test_a_plan_keeps_its_weights(network):
         (torch.zeros(1, 32, 32), r"x: expected"),
         (torch.zeros(2, 1, 32, 32, dtype=torch.float64), r"got torch.float64"),
         (torch.zeros(2, 1, 32, 32, device="meta"), r"on meta"),
+        (torch.zeros(2, 1, 32, 32, requires_grad=True), r"x: requires grad"),
     ],
 )
 def test_bad_input(network, x, message):
