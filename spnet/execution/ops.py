@@ -141,9 +141,17 @@ def _is_row_dense(x: Tensor) -> bool:
     return x.shape[0] == 1 or x.stride(0) == expected
 
 
-def _empty_rows(x: Tensor, n: int, row_elems: int) -> Tensor:
+def _empty_rows(x: Tensor, n: int) -> Tensor:
     """[n, ...] in the memory layout of the row-dense x."""
-    return x.new_empty_strided((n, *x.shape[1:]), (row_elems, *x.stride()[1:]))
+    return x.new_empty_strided((n, *x.shape[1:]), (math.prod(x.shape[1:]), *x.stride()[1:]))
+
+
+def _checked_gather(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """x, row-dense, and room for the listed samples."""
+    _check_index(x, index)
+    if not _is_row_dense(x):
+        x = x.contiguous()
+    return x, _empty_rows(x, index.shape[0])
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
@@ -151,6 +159,11 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
     if a.stride()[1:] == b.stride()[1:]:
         return True
     return all(size == 1 or i == j for size, i, j in zip(a.shape[1:], a.stride()[1:], b.stride()[1:], strict=True))
+
+
+def _in_layout_of(x: Tensor, src: Tensor) -> Tensor:
+    """src in the memory layout of the row-dense x."""
+    return src if _is_row_dense(src) and _same_layout(x, src) else _empty_rows(x, src.shape[0]).copy_(src)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,20 +179,15 @@ def _compact_cpu(decisions: Tensor) -> Tensor:
 
 
 def _gather_rows_cpu(x: Tensor, index: Tensor) -> Tensor:
-    _check_index(x, index)
-    if not _is_row_dense(x):
-        x = x.contiguous()
+    x, out = _checked_gather(x, index)
     index = index.contiguous()
-    n = index.shape[0]
-    row_elems = math.prod(x.shape[1:])
-    out = _empty_rows(x, n, row_elems)
     core.gather_rows(
         x.data_ptr(),
         x.shape[0],
         index.data_ptr(),
-        n,
+        index.shape[0],
         out.data_ptr(),
-        row_elems * x.itemsize,
+        math.prod(x.shape[1:]) * x.itemsize,
         torch.get_num_threads(),
     )
     return out
@@ -189,18 +197,14 @@ def _scatter_add_rows_cpu(x: Tensor, index: Tensor, src: Tensor, relu: bool) -> 
     _check_scatter(x, index, src)
     if not _is_row_dense(x):
         return reference.scatter_add_rows_(x, index, src, relu)
-    n = index.shape[0]
-    row_elems = math.prod(x.shape[1:])
-    if not (_is_row_dense(src) and _same_layout(x, src)):
-        src = _empty_rows(x, n, row_elems).copy_(src)
-    index = index.contiguous()
+    index, src = index.contiguous(), _in_layout_of(x, src)
     core.scatter_add_rows(
         x.data_ptr(),
         x.shape[0],
         index.data_ptr(),
-        n,
+        index.shape[0],
         src.data_ptr(),
-        row_elems,
+        math.prod(x.shape[1:]),
         _CORE_DTYPES[x.dtype],
         relu,
         torch.get_num_threads(),
@@ -222,10 +226,7 @@ def _compact_anywhere(decisions: Tensor) -> Tensor:
 
 
 def _gather_rows_anywhere(x: Tensor, index: Tensor) -> Tensor:
-    _check_index(x, index)
-    if not _is_row_dense(x):
-        x = x.contiguous()
-    out = _empty_rows(x, index.shape[0], math.prod(x.shape[1:]))
+    x, out = _checked_gather(x, index)
     return torch.index_select(x, 0, index, out=out)
 
 
@@ -263,15 +264,10 @@ def _compact_cuda(decisions: Tensor) -> Tensor:
 
 
 def _gather_rows_cuda(x: Tensor, index: Tensor) -> Tensor:
-    _check_index(x, index)
-    if not _is_row_dense(x):
-        x = x.contiguous()
+    x, out = _checked_gather(x, index)
     index = index.contiguous()
-    n = index.shape[0]
-    row_elems = math.prod(x.shape[1:])
-    out = _empty_rows(x, n, row_elems)
-    pointers = x.data_ptr(), x.shape[0], index.data_ptr(), 0, n, out.data_ptr()
-    core.cuda.gather_rows(*_stream(x, index), *pointers, row_elems * x.itemsize)
+    pointers = x.data_ptr(), x.shape[0], index.data_ptr(), 0, index.shape[0], out.data_ptr()
+    core.cuda.gather_rows(*_stream(x, index), *pointers, math.prod(x.shape[1:]) * x.itemsize)
     return out
 
 
@@ -280,13 +276,9 @@ def _scatter_add_rows_cuda(x: Tensor, index: Tensor, src: Tensor, relu: bool) ->
     dtype = core.cuda.Dtype.__members__.get(_CORE_DTYPES[x.dtype].name)
     if dtype is None or not _is_row_dense(x):
         return reference.scatter_add_rows_(x, index, src, relu)
-    n = index.shape[0]
-    row_elems = math.prod(x.shape[1:])
-    if not (_is_row_dense(src) and _same_layout(x, src)):
-        src = _empty_rows(x, n, row_elems).copy_(src)
-    index = index.contiguous()
-    pointers = x.data_ptr(), x.shape[0], index.data_ptr(), 0, n, src.data_ptr()
-    core.cuda.scatter_add_rows(*_stream(x, index, src), *pointers, row_elems, dtype, relu)
+    index, src = index.contiguous(), _in_layout_of(x, src)
+    pointers = x.data_ptr(), x.shape[0], index.data_ptr(), 0, index.shape[0], src.data_ptr()
+    core.cuda.scatter_add_rows(*_stream(x, index, src), *pointers, math.prod(x.shape[1:]), dtype, relu)
 
 
 def _where_native(native: Callable, anywhere: Callable) -> Callable:
@@ -311,10 +303,7 @@ def _compact_fake(decisions: Tensor) -> Tensor:
 
 @torch.library.register_fake("spnet::gather_rows", lib=_library)
 def _gather_rows_fake(x: Tensor, index: Tensor) -> Tensor:
-    _check_index(x, index)
-    if not _is_row_dense(x):
-        x = x.contiguous()
-    return _empty_rows(x, index.shape[0], math.prod(x.shape[1:]))
+    return _checked_gather(x, index)[1]
 
 
 @torch.library.register_fake("spnet::scatter_add_rows_", lib=_library)
