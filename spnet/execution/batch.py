@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
-from itertools import groupby
+from itertools import groupby, islice
 
 import torch
 import torch.nn.functional as F
@@ -104,23 +104,19 @@ class _Layers:
     """The weights of a network, ready to run."""
 
     def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype, make: type[_Convolution]):
-        parts = iter(weights.split([torch.Size(shape).numel() for shape in network.shapes()]))
-        shapes = network.shapes()
-
-        def take() -> Tensor:
-            return next(parts).view(next(shapes))
+        parts = network.split(weights)
 
         def convolution(shape: Convolution) -> _Convolution | _Squeezing:
-            made = make(shape, take().to(dtype), take().to(dtype))
-            return _Squeezing(made, *(take() for _ in range(4))) if shape.squeeze else made
+            made = make(shape, next(parts).to(dtype), next(parts).to(dtype))
+            return _Squeezing(made, *islice(parts, 4)) if shape.squeeze else made
 
         self.stem = [convolution(shape) for shape in network.stem]
         self.blocks = []
         for block in network.blocks:
             body = [convolution(shape) for shape in block.body]
             projection = convolution(block.projection) if block.projection else None
-            self.blocks.append((block, body, projection, [take() for _ in range(4)]))
-        self.head = take(), take()
+            self.blocks.append((block, body, projection, list(islice(parts, 4))))
+        self.head = next(parts), next(parts)
 
 
 class Batch:

@@ -110,14 +110,12 @@ class _Layers:
 
     def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype):
         _check(network)
-        flat = iter(weights.split([math.prod(shape) for shape in network.shapes()]))
-        shapes = network.shapes()
-
+        unpacked = network.split(weights)
         self.weights: list[Tensor] = []
 
         def take(pack: Callable[[Tensor], Tensor] | None = None) -> Tensor:
             # A copy: a view would keep all float32 weights alive, and would not lie at 16 bytes.
-            weight = next(flat).view(next(shapes)).clone()
+            weight = next(unpacked).clone()
             if pack is not None:
                 rounded = weight.to(dtype)
                 beyond = weight[rounded.isinf() & weight.isfinite()]

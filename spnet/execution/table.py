@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -79,6 +80,12 @@ class Network(NamedTuple):
             yield from ((block.router_width, channels), (block.router_width,), (1, block.router_width), (1,))
             channels = block.body[-1].cout
         yield from ((self.num_classes, channels), (self.num_classes,))
+
+    def split(self, weights: Tensor) -> Iterator[Tensor]:
+        """The weights [n] one by one, as views in their shapes."""
+        shapes = list(self.shapes())
+        parts = weights.split([math.prod(shape) for shape in shapes])
+        yield from (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def _conv_shapes(conv: Convolution) -> Iterator[tuple[int, ...]]:
