@@ -114,6 +114,15 @@ def _best(cell: dict, *kinds: str) -> tuple[str, float] | None:
     return min(found)[::-1] if found else None
 
 
+def _dense(cell: dict) -> tuple[str, float]:
+    """The best dense rival, which every cell has, and its ms."""
+    return _best(cell, "masked", "dense")
+
+
+def _speed_up(cell: dict) -> float:
+    return _dense(cell)[1] / _ours(cell)
+
+
 def _setting(cell: dict) -> tuple[str, str, int]:
     return cell["network"], cell["dtype"], cell["batch"]
 
@@ -195,9 +204,11 @@ def _against_dense(columns: dict[str, list[dict]]) -> list[str]:
         network, dtype, batch = setting
         row = [f"{network}, {dtype}, batch {batch}"]
         for cells in found:
-            cell = cells.get(setting)
-            name, ms = _best(cell, "masked", "dense") if cell else ("", 0)
-            row.append(f"{_ours(cell):.3g}; {ms:.3g} ({name}): **{ms / _ours(cell):.2f}x**" if cell else "")
+            if cell := cells.get(setting):
+                name, ms = _dense(cell)
+                row.append(f"{_ours(cell):.3g}; {ms:.3g} ({name}): **{_speed_up(cell):.2f}x**")
+            else:
+                row.append("")
         rows.append(row)
     return table(["network, dtype, batch", *columns], rows)
 
@@ -220,7 +231,7 @@ def _forward_table(cells: list[dict]) -> list[str]:
     head += ["best skipping rival", "static network of half the cost"]
     rows = []
     for cell in cells:
-        name, ms = _best(cell, "masked", "dense")
+        name, ms = _dense(cell)
         rivals = [_best(cell, kind) for kind in ("skips", "static")]
         rows.append(
             [
@@ -229,7 +240,7 @@ def _forward_table(cells: list[dict]) -> list[str]:
                 f"{_ours(cell):.3g}",
                 f"{cell['minimum_ms']['plan']:.3g}" if "plan" in cell["minimum_ms"] else "",
                 f"{ms:.3g} ({name})",
-                f"{ms / _ours(cell):.2f}x",
+                f"{_speed_up(cell):.2f}x",
                 f"{ms * cell['executed_macs'] / cell['dense_macs'] / _ours(cell):.0%}",
                 *(f"{r[1]:.3g} ({r[0]})" if r else "" for r in rivals),
             ]
@@ -286,7 +297,7 @@ def compare(before: dict, after: dict, tolerance: float = 0.1) -> str:
         name = _describe(cell)
         if name not in earlier:
             continue
-        a, b = (_best(c, "masked", "dense")[1] / _ours(c) for c in (earlier[name], cell))
+        a, b = _speed_up(earlier[name]), _speed_up(cell)
         slower = b < a * (1 - tolerance)
         worse += slower
         rows.append((name, f"{a:.2f}x", f"{b:.2f}x", f"{b / a - 1:+.0%}", "slower" if slower else ""))
@@ -307,7 +318,7 @@ def break_even(cells: list[dict]) -> float | None:
     if len({cell["executed"] for cell in cells}) < 2:
         return None
     slope, intercept = statistics.linear_regression([c["executed"] for c in cells], [_ours(c) for c in cells])
-    return (min(_best(c, "masked", "dense")[1] for c in cells) - intercept) / slope
+    return (min(_dense(c)[1] for c in cells) - intercept) / slope
 
 
 def figures(results: dict, folder: str | Path) -> list[Path]:
@@ -345,8 +356,7 @@ def _time_figure(network: str, dtype: str, batches: dict[int, list[dict]]) -> Fi
         cells = sorted(cells, key=lambda c: c["executed"])
         x = [c["executed"] for c in cells]
         ax.plot(x, [_ours(c) for c in cells], "o-", color=BLUE, label="fast_forward")
-        dense = [_best(c, "masked", "dense")[1] for c in cells]
-        ax.plot(x, dense, "--", color=RED, label="best dense rival")
+        ax.plot(x, [_dense(c)[1] for c in cells], "--", color=RED, label="best dense rival")
         ax.plot(x, [c["ideal_ms"] for c in cells], ":", color=GREY, label="ideal: dense x executed MACs")
         ax.set(title=f"batch {batch}", xlabel="executed fraction", xlim=(-0.05, 1.05), ylim=0)
     fig.axes[0].set_ylabel("ms")
@@ -361,8 +371,7 @@ def _speed_up_figure(series: dict[tuple[str, str], dict[int, list[dict]]]) -> Fi
     ax = fig.subplots()
     for (network, dtype), batches in series.items():
         half = sorted((b, c) for b, cells in batches.items() for c in cells if c["executed"] == 0.5)
-        y = [_best(c, "masked", "dense")[1] / _ours(c) for _, c in half]
-        ax.plot([b for b, _ in half], y, "o-", label=f"{network}, {dtype}")
+        ax.plot([b for b, _ in half], [_speed_up(c) for _, c in half], "o-", label=f"{network}, {dtype}")
     ax.axhline(1, color=GREY, lw=1, ls=":")
     ax.set_xscale("log", base=2)
     ax.set(xlabel="batch", ylabel="speed-up over the best dense rival", ylim=0)
@@ -422,10 +431,10 @@ def write(results: dict, folder: str | Path, name: str) -> list[Path]:
     """Write ``name.json``, ``name.md`` and the figures in ``name/``; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data, table = folder / f"{name}.json", folder / f"{name}.md"
+    data, page = folder / f"{name}.json", folder / f"{name}.md"
     data.write_text(json.dumps(results, indent=1) + "\n")
-    table.write_text(markdown(results))
-    return [data, table, *figures(results, folder / name)]
+    page.write_text(markdown(results))
+    return [data, page, *figures(results, folder / name)]
 
 
 def update_readme(text: str, results_folder: str | Path, link: str) -> str:
@@ -441,17 +450,17 @@ def update_readme(text: str, results_folder: str | Path, link: str) -> str:
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README: expected {BEGIN} and {END}, once each")
-    files = sorted(Path(results_folder).glob("*.json"), key=lambda f: (load(f)["date"], f.name), reverse=True)
-    if not files:
+    runs = {file: load(file) for file in Path(results_folder).glob("*.json")}
+    if not runs:
         raise ValueError(f"{results_folder}: no result files")
     newest: dict[str, Path] = {}  # of each kind of machine
-    for file in files:
-        newest.setdefault(_machine(load(file)), file)
-    section = summary({f"{link}/{file.stem}.md": load(file) for file in newest.values()})
+    for file in sorted(runs, key=lambda f: (runs[f]["date"], f.name), reverse=True):
+        newest.setdefault(_machine(runs[file]), file)
+    section = summary({f"{link}/{file.stem}.md": runs[file] for file in newest.values()})
     for name in ("speed-up", "accuracy"):
         shown: dict[bool, str] = {}  # of the newest CPU and of the newest GPU
         for file in newest.values():
             if (file.with_suffix("") / f"{name}.png").exists():
-                shown.setdefault("device" in load(file)["machine"], file.stem)
+                shown.setdefault("device" in runs[file]["machine"], file.stem)
         section += "".join(f"\n![{name}]({link}/{stem}/{name}.png)\n" for stem in shown.values())
     return text[: text.index(BEGIN) + len(BEGIN)] + "\n" + section + text[text.index(END) :]
