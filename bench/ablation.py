@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 import spnet
 from bench.timing import take_turns
 from spnet.analysis.benchmarks import table
+from spnet.analysis.curves import whole_epochs
 from spnet.analysis.pictures import DPI, WIDTH
 from spnet.analysis.stability import evolution_alignment
 from spnet.models.files import WEIGHTS, load_initial_weights, load_model, write_whole
@@ -54,6 +55,8 @@ BATCH = 500
 # Test images, the first ones: for every epoch's evaluation and churn, for its alignment, and for the clock.
 EVERY_EPOCH, ALIGNED, TIMED = 2000, 500, 1000
 TURNS = 3.0  # seconds of the clock for each network
+_MACHINE = ("cpu", "device", "cpu_level", "threads", "torch")  # what the table says of it
+ALIGNMENT = "alignment.json"  # in a run's folder
 
 Run = tuple[int, str, float | None]  # seed, objective, target rate
 
@@ -130,9 +133,6 @@ class _Watched(Trainer):
         return super().evaluate(impl)
 
 
-ALIGNMENT = "alignment.json"
-
-
 def _alignment(run: Path) -> list[float]:
     """The evolution alignment after each epoch."""
     noted = run / ALIGNMENT
@@ -169,15 +169,8 @@ def _train_start(study: Study, deadline: float, seed: int) -> None:
 
 def _loader(split: str, images: int, batch_size: int, **options) -> Loader:
     """Of the first images of a split."""
-    data = load_dataset("fashion-mnist", split)
-    data = dataclasses.replace(data, images=data.images[:images], labels=data.labels[:images])
+    data = load_dataset("fashion-mnist", split).subset(images)
     return Loader(data, batch_size, train=split == "train", **options)
-
-
-def _epochs(run: Path) -> list[dict]:
-    """The finished epochs of a run."""
-    log = run / "log.jsonl"
-    return [line for line in read_log(log) if line["kind"] == "epoch"] if log.exists() else []
 
 
 def _trained(config: TrainConfig) -> bool:
@@ -254,7 +247,7 @@ def finish(study: Study) -> None:
     if study.device == "cuda":
         machine["device"] = torch.cuda.get_device_name()
     for run, measured in measure(study, runs).items():
-        epochs = _epochs(study.folder(*run))
+        epochs = whole_epochs(read_log(study.folder(*run) / "log.jsonl"))
         result = {
             **dict(zip(("seed", "objective", "rate"), run, strict=True)),
             **measured,
@@ -327,34 +320,21 @@ def markdown(results: dict) -> str:
         '"+ path" adds the auxiliary module with L_path and L_logits, "+ evolution" adds L_evo, SP-Net both.',
         "",
     ]
-    head = [
-        "objective",
-        "target rate",
-        "accuracy, %",
-        "MACs, %",
-        "ms per image",
-        "time, %",
-        "churn, %",
-        "last churn, %",
+    columns = [
+        ("accuracy", "accuracy, %", 2),
+        ("macs", "MACs, %", 1),
+        ("ms", "ms per image", 4),
+        ("time", "time, %", 1),
+        ("churn", "churn, %", 2),
+        ("last churn", "last churn, %", 2),
+        ("alignment", "alignment", 3),
     ]
     rows = []
     for (objective, rate), values in summarise(results).items():
-        columns = [
-            ("accuracy", 2),
-            ("macs", 1),
-            ("ms", 4),
-            ("time", 1),
-            ("churn", 2),
-            ("last churn", 2),
-            ("alignment", 3),
-        ]
-        shown = [_spread(values.get(name), digits) for name, digits in columns]
+        shown = [_spread(values.get(name), digits) for name, _, digits in columns]
         rows.append([objective, "" if rate is None else f"{rate:g}", *shown])
-    lines += table([*head, "alignment"], rows)
+    lines += table(["objective", "target rate", *(heading for _, heading, _ in columns)], rows)
     return "\n".join([*lines, "![curves](curves.png)", ""])
-
-
-_MACHINE = ("cpu", "device", "cpu_level", "threads", "torch")
 
 
 def curves(results: dict) -> Figure:
