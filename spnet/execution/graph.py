@@ -389,18 +389,15 @@ class Graph:
         return self._graphs[key]
 
     def _capture(self, *key) -> _Captured:
-        found = None
-        while found is None:
+        while True:
             if len(self._graphs) == GRAPHS:
                 self._graphs.popitem(last=False)
             beside = next(iter(self._graphs.values())).replay if self._graphs else None
             try:
-                found = _Captured(self._layers, *key, partial(self._device.capture, beside=beside))
+                return _Captured(self._layers, *key, partial(self._device.capture, beside=beside))
             except torch.OutOfMemoryError as e:
                 reason = str(e)  # not the error itself, which holds the tensors of the attempt
-            if found is None:
-                if not self._graphs:
-                    advice = "a smaller one needs less, impl='routed' too"
-                    raise torch.OutOfMemoryError(f"x: no memory to capture a batch of {key[0]}; {advice}: {reason}")
-                self._graphs.clear()
-        return found
+            if not self._graphs:
+                advice = "a smaller one needs less, impl='routed' too"
+                raise torch.OutOfMemoryError(f"x: no memory to capture a batch of {key[0]}; {advice}: {reason}")
+            self._graphs.clear()

@@ -266,12 +266,13 @@ def refuse_recorded(x: Tensor) -> None:
 def checked_threshold(threshold: float) -> float:
     """As a Python number, infinite where it is beyond float32, in which margins are."""
     try:
-        is_number, value = not math.isnan(threshold), float(threshold)
+        math.isnan(threshold)  # raises for a string, which float would read
+        value = float(threshold)
     except OverflowError:
-        is_number, value = True, math.inf if threshold > 0 else -math.inf
+        value = math.inf if threshold > 0 else -math.inf
     except (TypeError, ValueError) as e:
         raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}") from e
-    if not is_number:
+    if math.isnan(value):
         raise ValueError("threshold: expected a number, got NaN")
     return value if abs(value) <= torch.finfo(torch.float32).max else math.copysign(math.inf, value)
 

@@ -53,8 +53,7 @@ def load_official(path_or_state_dict: str | os.PathLike | Mapping) -> SPNet:
     else:
         path = Path(path_or_state_dict)
         source, checkpoint = f"path: {path}", _read(path)
-        holds_names = isinstance(checkpoint, Mapping)
-        if not holds_names:
+        if not isinstance(checkpoint, Mapping):
             raise ValueError(f"{source}: expected a state dict, got a {type(checkpoint).__name__}")
 
     prefix, weights, foreign = _unwrap(checkpoint)
