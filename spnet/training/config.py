@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spnet.models.files import write_whole
-from spnet.training.losses import EVOLUTION_FORMS, PAIRINGS
+from spnet.training.losses import EVOLUTION_FORMS, PAIRINGS, check_choice
 from spnet.training.shards import BAD_SHARDS
 
 
@@ -75,10 +75,8 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             if not _is_a(getattr(self, field.name), hints[field.name]):
                 raise ValueError(f"{field.name}: expected {field.type}, got {getattr(self, field.name)!r}")
-            choices = field.metadata["choices"]
-            if choices and getattr(self, field.name) not in choices:
-                expected = " or ".join(map(repr, choices))
-                raise ValueError(f"{field.name}: expected {expected}, got {getattr(self, field.name)!r}")
+            if field.metadata["choices"]:
+                check_choice(field.name, getattr(self, field.name), field.metadata["choices"])
         for name in ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

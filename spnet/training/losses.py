@@ -26,7 +26,7 @@ PAIRINGS = ("final", "equal")
 EVOLUTION_FORMS = ("within", "across")
 
 
-def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name}: expected {' or '.join(map(repr, known))}, got {value!r}")
 
@@ -99,7 +99,7 @@ def logits_loss(
         pairing: "final" compares every stage with the auxiliary module's last one (the official code);
             "equal" with its own stage (the paper's framework figure).
     """
-    _check_choice("pairing", pairing, PAIRINGS)
+    check_choice("pairing", pairing, PAIRINGS)
     followed = auxiliary_stage_logits if pairing == "equal" else [auxiliary_stage_logits[-1]] * len(stage_logits)
     terms = [F.mse_loss(z.float(), f.detach().float()) for z, f in zip(stage_logits, followed, strict=True)]
     return _weighted_sum(stage_weights, terms)
@@ -176,8 +176,8 @@ class SPNetLoss:
         for name, weight in [*weights.items(), *(("stage_weights", w) for w in stage_weights)]:
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name}: expected at least 0 and finite, got {weight}")
-        _check_choice("evolution_form", evolution_form, EVOLUTION_FORMS)
-        _check_choice("pairing", pairing, PAIRINGS)
+        check_choice("evolution_form", evolution_form, EVOLUTION_FORMS)
+        check_choice("pairing", pairing, PAIRINGS)
         self.target_rates, self.stage_weights = rates, tuple(stage_weights)
         self.weights = {"act": activation, "path": path, "logits": logits, "evo": evolution}
         self.hinge, self.pairing, self.evolution_form = hinge, pairing, evolution_form
@@ -206,7 +206,8 @@ class SPNetLoss:
                 alone.
             ValueError: see the class.
         """
-        for name, given in {"output": output, **({} if auxiliary is None else {"auxiliary": auxiliary})}.items():
+        outputs = {"output": output} if auxiliary is None else {"output": output, "auxiliary": auxiliary}
+        for name, given in outputs.items():
             if not isinstance(given, SPNetOutput):
                 raise TypeError(
                     f"{name}: expected the SPNetOutput of a network in training mode, got {type(given).__name__}; "
