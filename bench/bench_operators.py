@@ -13,7 +13,7 @@ from timing import in_rotation, matmul_gflops, minima
 from spnet.execution import ops, reference
 from spnet.kernels import conv_, pool_
 from spnet.kernels.pool import slabs
-from spnet.kernels.workload import Conv, convolutions
+from spnet.kernels.workload import BODY, Conv, convolutions
 from spnet.native import core
 
 PRECISIONS = ["float32"] + ["bfloat16"] * core.has_bfloat16()
@@ -105,14 +105,13 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton kernel
 
 
 @on_gpu
-@pytest.mark.parametrize("conv", [c for c in convolutions("resnet50") if c.role in ("first", "inner", "last")], ids=str)
+@pytest.mark.parametrize("conv", [c for c in convolutions("resnet50") if c.role in BODY], ids=str)
 def test_triton_convolution(benchmark, report, conv):
     """A convolution of a ResNet-50 on half of 256 samples against a matrix product, beside cuDNN on 128 neighbours."""
     arguments, options = sparse(conv, 8, "cuda")
-    twin, twin_options = sparse(conv, 8, "cuda")
-    twin = [t.cpu() for t in twin]
+    twin = [t.cpu() for t in arguments]
     conv_(*arguments, **options)
-    conv_(*twin, **{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in twin_options.items()})
+    conv_(*twin, **{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in options.items()})
     # Both add up in float32 and round once, in another order.
     torch.testing.assert_close(arguments[0].cpu(), twin[0], rtol=2e-3, atol=2e-3)
     (out, x, weight, bias), options = sparse(conv, 256, "cuda")

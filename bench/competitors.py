@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import io
-import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -358,11 +358,6 @@ def _onnxruntime(model: nn.Module, batch: int, dtype: torch.dtype, masked: bool)
     return bind
 
 
-def _seconds(call: Call, rounds: int = 5) -> float:
+def _seconds(call: Call) -> float:
     call()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timeit.repeat(call, number=1, repeat=5))
