@@ -35,9 +35,10 @@ from spnet.routing import routed_blocks
 _PARTS = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
-# Decisions that leave no block out, for they tell of none.
+# Decisions of no block, so that every part is compared.
 _ALL = torch.empty(0, 0, dtype=torch.bool, device="cpu")
-# Tensors of a part of what is read whatever is decided: few, so that there are soon bytes to compare.
+# What every path reads is compared in parts of so many tensors: while one thread asks for the layouts of the next
+# part, the others compare the bytes of those before.
 _FEW = 64
 
 

@@ -130,8 +130,8 @@ class _Rows:
         _require(f"{name} cin", conv.cin, channels, channels)
         _require(f"{name} padding", conv.padding, 0, conv.kernel - 1)
         _require(f"{name} squeeze", conv.squeeze, 0, _LARGEST)
-        for channels in (conv.cin, conv.cout):
-            _require(f"{name} channels beyond whole groups", channels % conv.groups, 0, 0)
+        for n in (conv.cin, conv.cout):
+            _require(f"{name} channels beyond whole groups", n % conv.groups, 0, 0)
         return conv
 
     def convolutions(self, name: str, n: int, channels: int) -> tuple[Convolution, ...]:
@@ -147,13 +147,13 @@ class _Rows:
         _size(f"{name} stride", stride)
         _size(f"{name} router_width", router_width)
         body = self.convolutions(name, n, channels)
-        cin = body[-1].cout
+        cout = body[-1].cout
         if shortcut == IDENTITY:
-            _require(f"{name} cout, as its shortcut is the identity", cin, channels, channels)
+            _require(f"{name} cout, as its shortcut is the identity", cout, channels, channels)
             _require(f"{name} stride of the identity", stride, 1, 1)
         if shortcut == PAD:
-            _require(f"{name} cout, as its shortcut pads", cin, channels, _LARGEST)
-        _require(f"{name} pad_before", pad_before, 0, cin - channels if shortcut == PAD else 0)
+            _require(f"{name} cout, as its shortcut pads", cout, channels, _LARGEST)
+        _require(f"{name} pad_before", pad_before, 0, cout - channels if shortcut == PAD else 0)
         return Block(body, shortcut, stride, pad_before, router_width)
 
 
