@@ -182,6 +182,13 @@ def test_preprocess_rejects_wrong_images(shape, dtype, got):
             spnet.preprocess(recorded(3), images)
 
 
+@pytest.mark.parametrize("shape", [(28, 28), (1, 28, 28, 3), (1, 1, 28, 28), (1, 33, 28)], ids=str)
+def test_preprocess_rejects_wrong_images_of_one_channel(shape):
+    expected = r"^images: expected uint8 \[N, H, W\] or \[N, H, W, 1\] of at most 32x32, got torch.uint8 "
+    with pytest.raises(ValueError, match=expected + re.escape(str(list(shape))) + "$"):
+        spnet.preprocess(recorded(1), torch.zeros(shape, dtype=torch.uint8))
+
+
 def test_preprocess_needs_the_recorded_mean_and_std(model):
     model.data = None
     with pytest.raises(ValueError, match="model: the mean and std of its training data are unknown"):

@@ -1,4 +1,4 @@
-"""Model folders, starting from static weights, and images as input."""
+"""Model folders, and starting from static weights."""
 
 import errno
 import json
@@ -6,7 +6,6 @@ import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -66,6 +65,12 @@ def test_round_trip_of_other_dtype_and_memory_format(tmp_path, network):
     loaded = load_model(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert states_equal(loaded.bfloat16(), low)
+
+
+def test_data_round_trip(tmp_path, network):
+    network.data = {"class_names": ["a"], "mean": [0.25], "std": [0.5]}
+    save_model(network, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["data"] == load_model(tmp_path).data == network.data
 
 
 def test_the_defaults_of_torch_do_not_matter(folder, network, other_defaults):
@@ -287,84 +292,3 @@ def test_static_weights_of_another_network(tmp_path):
     with pytest.raises(ValueError, match="no complete safetensors file"):
         load_initial_weights(target, tmp_path / "0")
     assert all(torch.equal(t, before[k]) for k, t in target.state_dict().items())
-
-
-# ----------------------------------------------------------------------------------------------------- images
-
-
-@pytest.fixture
-def grey(network):
-    network.data = {"class_names": ["a"], "mean": [0.25], "std": [0.5]}
-    return network
-
-
-@pytest.fixture
-def colour():
-    model = spnet.create_model("resnet20_cifar").eval()
-    model.data = {"class_names": ["a"], "mean": [0.0, 0.25, 0.5], "std": [1.0, 0.5, 0.25]}
-    return model
-
-
-def test_preprocess_pads_and_normalises(grey):
-    images = torch.zeros(2, 28, 28, dtype=torch.uint8)
-    images[0, 0, 0], images[1, 27, 27] = 255, 51
-    x = spnet.preprocess(grey, images)
-    # (1 - 0.25) / 0.5, (0.2 - 0.25) / 0.5, and black everywhere else: (0 - 0.25) / 0.5
-    expected = torch.full((2, 1, 32, 32), -0.5)
-    expected[0, 0, 2, 2], expected[1, 0, 29, 29] = 1.5, -0.1
-    torch.testing.assert_close(x, expected)
-
-
-def test_preprocess_channels(colour):
-    images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
-    images[0, 5, 6] = torch.tensor([255, 51, 255])
-    x = spnet.preprocess(colour, images)
-    torch.testing.assert_close(x[0, :, 5, 6], torch.tensor([1.0, -0.1, 2.0]))
-    torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([0.0, -0.5, -2.0]))
-
-
-def test_preprocess_takes_numpy_and_trailing_channel(grey):
-    images = torch.randint(256, (3, 28, 30), dtype=torch.uint8)
-    x = spnet.preprocess(grey, images)
-    assert torch.equal(spnet.preprocess(grey, images.numpy()), x)
-    assert torch.equal(spnet.preprocess(grey, images[..., None]), x)
-    assert torch.equal(spnet.preprocess(grey, np.asfortranarray(images.numpy())), x)
-
-
-def test_preprocess_gives_the_models_dtype(grey):
-    x = spnet.preprocess(grey.bfloat16(), torch.zeros(1, 28, 28, dtype=torch.uint8))
-    assert x.dtype == torch.bfloat16
-    assert spnet.fast_forward(grey, x).shape == (1, 10)
-
-
-def test_preprocess_no_images(grey):
-    assert spnet.preprocess(grey, torch.zeros(0, 28, 28, dtype=torch.uint8)).shape == (0, 1, 32, 32)
-
-
-def test_preprocess_survives_the_round_trip(tmp_path, grey):
-    save_model(grey, tmp_path)
-    images = torch.randint(256, (3, 28, 28), dtype=torch.uint8)
-    assert torch.equal(spnet.preprocess(load_model(tmp_path), images), spnet.preprocess(grey, images))
-    assert json.loads((tmp_path / CONFIG).read_text())["data"] == grey.data
-
-
-@pytest.mark.parametrize(
-    ("images", "got"),
-    [
-        (torch.zeros(1, 28, 28), r"torch.float32 \[1, 28, 28\]"),
-        (torch.zeros(28, 28, dtype=torch.uint8), r"torch.uint8 \[28, 28\]"),
-        (torch.zeros(1, 28, 28, 3, dtype=torch.uint8), r"torch.uint8 \[1, 28, 28, 3\]"),
-        (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), r"torch.uint8 \[1, 1, 28, 28\]"),
-        (torch.zeros(1, 33, 28, dtype=torch.uint8), r"torch.uint8 \[1, 33, 28\]"),
-        (np.zeros((1, 28, 28), np.int64), r"int64 \[1, 28, 28\]"),
-    ],
-    ids=lambda v: v if isinstance(v, str) else "",
-)
-def test_preprocess_of_bad_images(grey, images, got):
-    with pytest.raises(ValueError, match=r"images: expected uint8 \[N, H, W\] .* of at most 32x32, got " + got):
-        spnet.preprocess(grey, images)
-
-
-def test_preprocess_of_a_model_without_statistics(network):
-    with pytest.raises(ValueError, match="model: the mean and std of its training data are unknown"):
-        spnet.preprocess(network, torch.zeros(1, 28, 28, dtype=torch.uint8))
