@@ -1,5 +1,6 @@
 """Routers and routed blocks: the meaning that every execution must keep."""
 
+import math
 import re
 import threading
 
@@ -40,14 +41,22 @@ def test_a_tie_and_a_nan_skip():
     assert decide(z).tolist() == [False, True, False, False, False]
 
 
-def test_straight_through_gumbel_is_hard_forward_and_soft_backward():
-    z = torch.randn(64, 2, requires_grad=True)
-    d = straight_through_gumbel(z)
-    assert set(d.unique().tolist()) <= {0.0, 1.0}
+@pytest.mark.parametrize(
+    ("logits", "tau", "decision", "slope"),
+    [
+        ([0.0, math.log(3)], 1.0, 1.0, 0.1875),  # p = 3/4, slope p (1 - p) / tau
+        ([math.log(3), 0.0], 1.0, 0.0, 0.1875),  # p = 1/4
+        ([0.0, math.log(3)], 0.5, 1.0, 0.18),  # p = 9/10
+    ],
+)
+def test_straight_through_gumbel_is_hard_forward_and_soft_backward(monkeypatch, logits, tau, decision, slope):
+    # Exponential samples of 1 make the Gumbel noise -ln(1) = 0.
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self: self.fill_(1))
+    z = torch.tensor([logits], requires_grad=True)
+    d = straight_through_gumbel(z, tau)
+    assert d.tolist() == [decision]
     d.sum().backward()
-    assert (z.grad != 0).any()
-    # The two probabilities sum to one, so their gradients cancel.
-    torch.testing.assert_close(z.grad.sum(1), torch.zeros(64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(z.grad, torch.tensor([[-slope, slope]]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

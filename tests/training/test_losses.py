@@ -101,24 +101,6 @@ def test_activation_loss_drives_the_rates_to_their_targets():
     torch.testing.assert_close(logits.detach().softmax(1)[:, 1], targets, rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("logits", "tau", "decision", "slope"),
-    [
-        ([0.0, LN3], 1.0, 1.0, 0.1875),  # p = 3/4, slope p (1 - p) / tau
-        ([LN3, 0.0], 1.0, 0.0, 0.1875),  # p = 1/4
-        ([0.0, LN3], 0.5, 1.0, 0.18),  # p = 9/10
-    ],
-)
-def test_straight_through_gradient(monkeypatch, logits, tau, decision, slope):
-    # Exponential samples of 1 make the Gumbel noise -ln(1) = 0.
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self: self.fill_(1))
-    z = leaf([logits])
-    d = straight_through_gumbel(z, tau)
-    assert d.tolist() == [decision]  # hard in the forward
-    d.sum().backward()
-    close(z.grad, [[-slope, slope]])  # soft in the backward
-
-
 # ------------------------------------------------------------------------------------------ L_path and L_logits
 
 
