@@ -13,27 +13,13 @@ from safetensors.torch import save_file
 import spnet
 from spnet import load_model, save_model
 from spnet.models.files import CONFIG, WEIGHTS, load_initial_weights, load_weights, write_whole
-
-
-def states_equal(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from tests.conftest import Bomb, states_equal
 
 
 @pytest.fixture
 def folder(tmp_path, network):
     save_model(network, tmp_path / "net")
     return tmp_path / "net"
-
-
-class Bomb:
-    """Unpickling it leaves a mark."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
 
 
 # ---------------------------------------------------------------------------------------------- save and load

@@ -1,7 +1,6 @@
 """``load_official`` against a plain PyTorch twin of the published networks, with their flat names."""
 
 import argparse
-import os
 import pickle
 from collections import OrderedDict
 
@@ -15,6 +14,7 @@ from torch import nn
 from spnet.models.files import load_model, save_model
 from spnet.models.official import load_official
 from spnet.routing import routed_blocks
+from tests.conftest import Bomb
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -487,19 +487,11 @@ def test_file_of_one_tensor(tmp_path):
         load_official(tmp_path / "tensor.pth")
 
 
-class Malicious:
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", ["zip", "before 1.6", "pickle 2", "pickle 5", "named safetensors"])
 def test_code_in_a_file_is_not_run(tmp_path, how, state):
     marker, path = tmp_path / "marker", tmp_path / "malicious.pth"
-    content = {"state_dict": state, "extra": Malicious(marker)}
+    content = {"state_dict": state, "extra": Bomb(marker)}
     if how == "named safetensors":
         path = path.with_suffix(".safetensors")
         torch.save(content, path)

@@ -8,16 +8,12 @@ from torch import nn
 
 import spnet
 from spnet.training import DynamicAuxiliary
+from tests.conftest import states_equal
 
 
 @pytest.fixture
 def model():
     return spnet.create_model("resnet20_cifar", in_channels=1).train()
-
-
-def states_equal(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_momentum_average_by_hand():

@@ -19,6 +19,7 @@ import torch
 import spnet
 from spnet.models.files import CONFIG, WEIGHTS, load_weights
 from spnet.training.checkpoint import STATE, load_state, save_checkpoint
+from tests.conftest import Bomb
 
 
 @functools.cache
@@ -108,16 +109,6 @@ def test_truncated_state(tmp_path, kept):
     path.write_bytes(whole[: int(kept * len(whole)) if kept >= 0 else -1])
     with pytest.raises(ValueError, match="resume: .*state.pt is no complete training state"):
         load_state(tmp_path / "last")
-
-
-class Bomb:
-    """Unpickling it leaves a mark."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
 
 
 def test_foreign_state_is_not_executed(tmp_path):

@@ -28,6 +28,7 @@ from spnet.training import Evaluation, TrainConfig, Trainer, distributed, evalua
 from spnet.training import trainer as trainer_module
 from spnet.training.checkpoint import STATE, load_state
 from spnet.training.data import ImageSet, Loader
+from tests.conftest import Bomb
 
 SIDE, CLASSES = 8, 4
 STEPS = 4  # per epoch
@@ -606,10 +607,6 @@ def test_settings_that_do_not_fit(tmp_path):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="stage_weights: expected 3, one per stage of resnet20_cifar, got 4"):
         make_trainer(run, stage_weights=(0.01, 0.1, 0.2, 1.0))
-    with pytest.raises(ValueError, match="pairing: expected 'final' or 'equal', got 'last'"):
-        make_trainer(run, pairing="last")
-    with pytest.raises(ValueError, match="evolution: expected 'within' or 'across', got 'between'"):
-        make_trainer(run, evolution="between")
     with pytest.raises(ValueError, match="unknown model 'resnet20'; did you mean resnet20_cifar"):
         make_trainer(run, model="resnet20")
     with pytest.raises(
@@ -770,12 +767,7 @@ def test_resume_where_folder_and_workers_changed(straight, tmp_path):
 
 def fewer(images):
     """A loader of only so many of the images."""
-
-    def make(data, *args, **kwargs):
-        part = dataclasses.replace(data, images=data.images[:images], labels=data.labels[:images])
-        return Loader(part, *args, **kwargs)
-
-    return make
+    return lambda data, *args, **kwargs: Loader(data.subset(images), *args, **kwargs)
 
 
 def test_resume_with_another_test_set_has_no_churn(tmp_path):
@@ -794,16 +786,6 @@ def test_resume_with_another_number_of_training_images(straight, tmp_path):
     with pytest.raises(ValueError, match="^resume: expected the 32 training images of .*run, got 24"):
         make_trainer(run, images=24).fit(resume=True)
     assert log_of(run) == before
-
-
-class Bomb:
-    """Unpickling it leaves a mark."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
 
 
 @pytest.mark.parametrize("file", [STATE, WEIGHTS])
