@@ -4,7 +4,6 @@
 """
 
 import functools
-import json
 import math
 import statistics
 
@@ -13,11 +12,13 @@ import torch
 from timing import in_rotation, minima, take_turns
 
 import spnet
+from spnet.analysis.curves import whole_epochs
 from spnet.analysis.paths import short_names
 from spnet.api import IMPLEMENTATIONS
 from spnet.pretrained import ASSETS
 from spnet.training import evaluate
 from spnet.training.data import Loader, make_loader
+from spnet.training.report import read_log
 
 NETWORK = "fashion-mnist"
 BATCHES = [1, 16, 100, 1000]
@@ -132,8 +133,7 @@ def test_thresholds(benchmark, report):
             "executed_share": tested.macs / tested.dense_macs,
         }
     logs = [ASSETS / NETWORK / "training" / f"{run}.jsonl" for run in ("static", "static36")]
-    lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    epochs = [line for line in lines if line["kind"] == "epoch"]
+    epochs = [epoch for log in logs for epoch in whole_epochs(read_log(log))]
     points["static"]["accuracy"] = epochs[-1]["test"]["accuracy"] if whole else None
     benchmark.group = "accuracy against time"
     benchmark.extra_info |= {"points": points, "images": tested.samples, "static_epochs": len(epochs)}

@@ -289,7 +289,7 @@ class _Captured:
         self._decisions = torch.zeros(batch, len(network.blocks), dtype=torch.bool, device=device)
         self._threshold = None if forced else torch.zeros(1, dtype=torch.float32, device=device)
         self._logits = torch.empty(batch, network.num_classes, dtype=torch.float32, device=device)
-        # Of its own: while another forward is captured, which runs it, an earlier one may still be on its way.
+        # Not shared: to be captured a forward is run, and an earlier graph may still be running then.
         scratch = Scratch.on(device)
         tensors = self._image, self._decisions, self._threshold, self._logits
         self.buffers = [t for t in (*tensors, *scratch) if t is not None]

@@ -96,7 +96,7 @@ class _Watch:
         readers: dict[tuple[int, int], int] = {}
         tensors: dict[tuple[int, int], dict[int, Tensor]] = {}
         elsewhere: dict[int, Tensor] = {}
-        # Held, for they are read without Python's lock; nor is their address given to others that are shorter.
+        # Held: they are read without Python's lock, and while they live no shorter memory takes their address.
         self._storages: list[torch.UntypedStorage] = []
         for module, part in _readers(model, blocks, len(blocks)):
             own = {**module._parameters, **module._buffers}
@@ -104,8 +104,8 @@ class _Watch:
                 continue
             for name, t in own.items():
                 on_cpu = t is not None and t.device.type == "cpu"
-                # BatchNorm's count of batches is read by no inference, but its running statistics are written past
-                # their version counters: where versions are all there is to compare, its own stands for theirs.
+                # Inference does not read BatchNorm's count of batches. Where versions are all there is to compare, it
+                # is watched in place of the running statistics, which training writes without counting a version.
                 if t is None or (on_cpu and name == "num_batches_tracked"):
                     continue
                 if not on_cpu:
@@ -124,7 +124,7 @@ class _Watch:
                 if len(parts[-1]) >= _FEW:
                     parts.append([])
                 part = len(parts) - 1
-            # All that lie in one span are in one part: where they were found, it is safe to read.
+            # All tensors of a span are in one part: its bytes are read once they are found where they lay.
             parts[part] += tensors[span].values()
             table.append((part, *span))
         exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)

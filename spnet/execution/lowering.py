@@ -226,7 +226,7 @@ class _Notes(TorchFunctionMode, Run):
         return x
 
     def is_last(self, x: object) -> bool:
-        """Whether nothing is left to note: what no function of PyTorch's changes in place has another version."""
+        """Whether x is what the last step has returned. A change in place that was not noted has raised its version."""
         return x is self._last and x._version == self._version
 
     def block(self, block: RoutedBlock, x: Tensor) -> Tensor:

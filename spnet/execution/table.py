@@ -95,7 +95,7 @@ def _conv_shapes(conv: Convolution) -> Iterator[tuple[int, ...]]:
         yield from ((conv.squeeze, conv.cout), (conv.squeeze,), (conv.cout, conv.squeeze), (conv.cout,))
 
 
-# No smallest or largest size is meant, but that a damaged file neither asks for terabytes nor for negative sizes.
+# No limits of networks: they keep a damaged file from asking for terabytes or for negative sizes.
 _LARGEST = 2**16
 _MOST = {"stride": 64, "kernel": 64, "num_classes": 10**6, "n_blocks": 10**5}
 

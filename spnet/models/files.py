@@ -49,7 +49,7 @@ def _open_alone(path: Path) -> BinaryIO:
     while True:
         f = open(path, "ab")
         fcntl.flock(f, fcntl.LOCK_EX)
-        # Whom this one waited for has moved its file to where it belongs.
+        # The writer that this one waited for has moved the file to its place: then a new one is opened.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(f.fileno()), path.stat()):
                 return f
