@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from itertools import groupby, islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +101,13 @@ class _Squeezing:
         return _perceive(_pool(y), *self._weights).sigmoid_().to(y.dtype)[:, :, None, None]
 
 
+class _Block(NamedTuple):
+    shape: Block
+    body: list[_Convolution | _Squeezing]
+    projection: _Convolution | None
+    router: list[Tensor]  # as _perceive takes them
+
+
 class _Layers:
     """The weights of a network, ready to run."""
 
@@ -111,11 +119,11 @@ class _Layers:
             return _Squeezing(made, *islice(parts, 4)) if shape.squeeze else made
 
         self.stem = [convolution(shape) for shape in network.stem]
-        self.blocks = []
+        self.blocks: list[_Block] = []
         for block in network.blocks:
             body = [convolution(shape) for shape in block.body]
             projection = convolution(block.projection) if block.projection else None
-            self.blocks.append((block, body, projection, list(islice(parts, 4))))
+            self.blocks.append(_Block(block, body, projection, list(islice(parts, 4))))
         self.head = next(parts), next(parts)
 
 
@@ -167,13 +175,13 @@ class Batch:
         dense = self.dense
         decisions = x.new_empty(len(x), n_blocks, dtype=torch.bool) if paths is None else paths.clone()
         pooled = None
-        for column, (block, body, projection, router) in enumerate(layers.blocks):
+        for column, block in enumerate(layers.blocks):
             if paths is None:
                 if pooled is None:
                     pooled = _pool(state)
-                decisions[:, column] = _perceive(pooled, *router)[:, 0] > threshold
+                decisions[:, column] = _perceive(pooled, *block.router)[:, 0] > threshold
             executes = decisions[:, column]
-            state, pooled = _execute(block, body, projection, state, pooled, executes, dense[column])
+            state, pooled = _execute(block, state, pooled, executes, dense[column])
         return F.linear(_pool(state), *layers.head), decisions
 
     def _stem(self, layers: _Layers, x: Tensor) -> Tensor:
@@ -186,59 +194,60 @@ class Batch:
     def trials(self, x: Tensor, decisions: Tensor) -> Iterator[Callable[[bool], object]]:
         """Per block, what runs it on its own maps, either dense or not: x [B, C, H, W], decisions bool [B, L]."""
         state = self._stem(self._layers, x)
-        for (block, body, projection, _), executes in zip(self._layers.blocks, decisions.unbind(1), strict=True):
-            run = partial(_trial, block, body, projection, state, executes)
+        for block, executes in zip(self._layers.blocks, decisions.unbind(1), strict=True):
+            run = partial(_trial, block, state, executes)
             yield run
             state = run(False)
 
 
-def _trial(block: Block, body: list, projection, state: Tensor, executes: Tensor, dense: bool) -> Tensor:
-    state, pooled = _execute(block, body, projection, state.clone(), _pool(state), executes, dense)
+def _trial(block: _Block, state: Tensor, executes: Tensor, dense: bool) -> Tensor:
+    state, pooled = _execute(block, state.clone(), _pool(state), executes, dense)
     if pooled is None:
         _pool(state)  # as the next router will
     return state
 
 
 def _execute(
-    block: Block, body: list, projection, state: Tensor, pooled: Tensor | None, executes: Tensor, dense: bool
+    block: _Block, state: Tensor, pooled: Tensor | None, executes: Tensor, dense: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The state behind a block, in place where the shortcut is the identity; and its pooled vectors where kept."""
     if dense:
-        return _execute_dense(block, body, projection, state, executes), None
+        return _execute_dense(block, state, executes), None
     executed, skipped = _runs(executes)
-    if block.shortcut != IDENTITY:
-        return _execute_strided(block, body, projection, state, executed, skipped), None
+    if block.shape.shortcut != IDENTITY:
+        return _execute_strided(block, state, executed, skipped), None
     for run in executed:
-        _add_body_(body, state[run], state[run])
+        _add_body_(block.body, state[run], state[run])
         if pooled is not None:
             pooled[run] = _pool(state[run])
     return state, pooled
 
 
-def _execute_dense(block: Block, body: list, projection, x: Tensor, executes: Tensor) -> Tensor:
-    if block.shortcut == IDENTITY:
+def _execute_dense(block: _Block, x: Tensor, executes: Tensor) -> Tensor:
+    if block.shape.shortcut == IDENTITY:
         y, skipped = x.clone(), x
     else:
-        y = _shortcut(block, projection, x)
+        y = _shortcut(block, x)
         skipped = y.relu()
-    _add_body_(body, y, x)
+    _add_body_(block.body, y, x)
     return torch.where(executes[:, None, None, None], y, skipped)
 
 
-def _shortcut(block: Block, projection, x: Tensor) -> Tensor:
-    if block.shortcut == PAD:
-        behind = block.body[-1].cout - block.body[0].cin - block.pad_before
-        y = x[:, :, :: block.stride, :: block.stride]
-        return F.pad(y, (0, 0, 0, 0, block.pad_before, behind)).contiguous(memory_format=torch.channels_last)
-    if block.shortcut == POOLED:
-        x = F.avg_pool2d(x, block.stride, ceil_mode=True)
-    return projection(x, False)
+def _shortcut(block: _Block, x: Tensor) -> Tensor:
+    shape = block.shape
+    if shape.shortcut == PAD:
+        behind = shape.body[-1].cout - shape.body[0].cin - shape.pad_before
+        y = x[:, :, :: shape.stride, :: shape.stride]
+        return F.pad(y, (0, 0, 0, 0, shape.pad_before, behind)).contiguous(memory_format=torch.channels_last)
+    if shape.shortcut == POOLED:
+        x = F.avg_pool2d(x, shape.stride, ceil_mode=True)
+    return block.projection(x, False)
 
 
-def _execute_strided(block: Block, body: list, projection, x: Tensor, executed: list, skipped: list) -> Tensor:
-    y = _shortcut(block, projection, x)
+def _execute_strided(block: _Block, x: Tensor, executed: list[slice], skipped: list[slice]) -> Tensor:
+    y = _shortcut(block, x)
     for run in executed:
-        _add_body_(body, y[run], x[run])
+        _add_body_(block.body, y[run], x[run])
     for run in skipped:
         y[run].relu_()
     return y
