@@ -299,38 +299,32 @@ def bench(
     if compare:
         click.echo(benchmarks.compare(*map(benchmarks.load, compare)))
         return
-    if merge:
-        results = benchmarks.merge([*map(benchmarks.load, merge)])
-        for path in benchmarks.write(results, out, name or benchmarks.default_name(results)):
-            click.echo(path)
-        return
-    if readme:
+    if readme and not merge:
         link = Path(os.path.relpath(out.resolve(), readme.resolve().parent)).as_posix()
         readme.write_text(benchmarks.update_readme(readme.read_text(), out, link))
         return
-    suites = Path(spnet.__file__).resolve().parents[1] / "bench"
-    if not (suites / "conftest.py").exists():
-        raise click.ClickException(f"bench: {suites} is not there; the benchmarks need a checkout of spnet")
-    options = [] if quick else ["--full"]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "benchmark.json"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            str(suites),
-            "--benchmark-only",
-            f"--benchmark-json={file}",
-            *options,
-        ]
-        failed = subprocess.run(command).returncode
-        if not file.exists():
-            raise click.ClickException("bench: pytest measured nothing")
-        results = benchmarks.collect(file, f"spnet bench --{'quick' if quick else 'full'}")
+    if merge:
+        results, failed = benchmarks.merge([*map(benchmarks.load, merge)]), 0
+    else:
+        results, failed = _measured(quick)
     for path in benchmarks.write(results, out, name or benchmarks.default_name(results)):
         click.echo(path)
     if failed:
         raise click.ClickException("bench: a cell failed, see above; what the others measured is written")
+
+
+def _measured(quick: bool) -> tuple[dict, int]:
+    """What the benchmarks have measured, and the exit status of pytest."""
+    suites = Path(spnet.__file__).resolve().parents[1] / "bench"
+    if not (suites / "conftest.py").exists():
+        raise click.ClickException(f"bench: {suites} is not there; the benchmarks need a checkout of spnet")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "benchmark.json"
+        command = [sys.executable, "-m", "pytest", str(suites), "--benchmark-only", f"--benchmark-json={file}"]
+        status = subprocess.run(command if quick else [*command, "--full"]).returncode
+        if not file.exists():
+            raise click.ClickException("bench: pytest measured nothing")
+        return benchmarks.collect(file, f"spnet bench --{'quick' if quick else 'full'}"), status
 
 
 @main.command()
