@@ -14,7 +14,12 @@ _HALVES = {torch.float16: core.Dtype.float16, torch.bfloat16: core.Dtype.bfloat1
 
 
 class _Walk:
-    """What both have in common: ``_native`` runs a network of ``_outputs`` (classes, blocks)."""
+    """What both have in common: a plan of the native core, which copies table and weights, both on the host."""
+
+    def __init__(self, native: type, network: Network, weights: Tensor, *how):
+        table = network.table()
+        self._native = native(table.data_ptr(), table.numel(), weights.data_ptr(), weights.numel(), *how)
+        self._outputs = network.num_classes, len(network.blocks)
 
     def _run(self, x: Tensor, paths: Tensor | None, threshold: float, *how) -> tuple[Tensor, Tensor]:
         batch, (classes, blocks) = len(x), self._outputs
@@ -41,10 +46,7 @@ class Walk(_Walk):
 
     def __init__(self, network: Network, weights: Tensor, dtype: torch.dtype):
         self._dtype = computed_in(dtype)
-        table = network.table()
-        tables = (table.data_ptr(), table.numel(), weights.data_ptr(), weights.numel())
-        self._native = core.Plan(*tables, _PRECISIONS[self._dtype])
-        self._outputs = network.num_classes, len(network.blocks)
+        super().__init__(core.Plan, network, weights, _PRECISIONS[self._dtype])
 
     def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         """x [B, C, H, W], paths bool [B, L] or None -> float32 logits [B, classes], decisions bool [B, L]."""
@@ -72,10 +74,7 @@ class CudaWalk(_Walk):
             raise ValueError(f"walk on CUDA multiplies float16 and bfloat16, not {dtype}")
         if why_not := why_not_native(weights.device):
             raise ValueError(why_not)
-        table, host = network.table(), weights.cpu()
-        tables = (table.data_ptr(), table.numel(), host.data_ptr(), host.numel())
-        self._native = core.CudaPlan(*tables, _HALVES[dtype], weights.device.index)
-        self._outputs = network.num_classes, len(network.blocks)
+        super().__init__(core.CudaPlan, network, weights.cpu(), _HALVES[dtype], weights.device.index)
 
     def run(self, x: Tensor, paths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         """As :meth:`Walk.run`, on the device of the weights."""
