@@ -14,8 +14,10 @@ from spnet.api import explain, fast_forward
 from spnet.preprocessing import preprocess
 from spnet.pretrained import load_pretrained, sample_images
 
+NETWORK = "fashion-mnist"
 
-def run_demo(out: Path, batch_size: int = 100, repeats: int = 5, network: str = "fashion-mnist") -> str:
+
+def run_demo(out: Path, batch_size: int, repeats: int) -> str:
     """Answer the sample images by ``masked`` and by the fastest execution; write the pictures of their paths.
 
     Both run the same network in the channels-last layout and take turns; the fastest of ``repeats`` runs of each
@@ -28,8 +30,8 @@ def run_demo(out: Path, batch_size: int = 100, repeats: int = 5, network: str = 
         OSError: out cannot be made, before anything is measured, or not be written.
     """
     out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
-    model = load_pretrained(network).to(memory_format=torch.channels_last)
-    images, labels = sample_images(network)
+    model = load_pretrained(NETWORK).to(memory_format=torch.channels_last)
+    images, labels = sample_images(NETWORK)
     x = preprocess(model, images).contiguous(memory_format=torch.channels_last)
     batches = x.split(batch_size)
     executions = ["masked", explain(model, batches[0]).impl]
