@@ -76,10 +76,11 @@ class Router(nn.Module):
         init_std: float | None = None,
     ):
         super().__init__()
-        self.fc1 = nn.Linear(channels, width)
-        self.bn = _BatchNorm1d(width)
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # the default may be a half one
+        self.fc1 = nn.Linear(channels, width, dtype=dtype)
+        self.bn = _BatchNorm1d(width, dtype=dtype)
         self.dropout = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(width, 2)
+        self.fc2 = nn.Linear(width, 2, dtype=dtype)
         nn.init.kaiming_normal_(self.fc1.weight)
         if init_std is None:
             nn.init.kaiming_normal_(self.fc2.weight)

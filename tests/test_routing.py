@@ -71,6 +71,19 @@ def test_router_keeps_float32_in_a_half_model(dtype):
     torch.testing.assert_close(router(x.to(dtype)), router(x.to(dtype).float()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("default", "kept"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_router_has_at_least_float32_whatever_the_default_is(default, kept):
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        router = spnet.Router(4)
+        z = router(torch.randn(3, 4, 2, 2))
+    finally:
+        torch.set_default_dtype(before)
+    assert {t.dtype for t in router.state_dict().values() if t.is_floating_point()} == {kept}
+    assert z.dtype == kept
+
+
 def test_router_of_one_sample_in_training_uses_running_statistics():
     router = spnet.Router(4, width=8, dropout=0.0)
     router.bn.running_mean.normal_()
