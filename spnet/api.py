@@ -96,6 +96,8 @@ def _check_input(model: nn.Module, weight: Tensor | Plan | None, x: Tensor) -> N
     if weight is not None:
         if x.device != weight.device:
             raise ValueError(f"x: expected device {weight.device} (the model's), got {x.device}")
+        if x.is_meta:
+            raise ValueError("x: on the meta device, where no decision has a value; for shapes call model(x)")
         if x.dtype not in (weight.dtype, torch.int32, torch.int64):  # integers are indices, of tokens say
             raise ValueError(f"x: expected {weight.dtype} (the model's), got {x.dtype}")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -112,7 +112,8 @@ class Router(nn.Module):
         """
         if not torch.jit.is_tracing() and pooled.shape[1] != self.fc1.in_features:
             raise ValueError(f"x: expected {self.fc1.in_features} channels (the router's), got {pooled.shape[1]}")
-        with torch.autocast(pooled.device.type, enabled=False):
+        # The meta device, on which shapes are inferred, has no autocast.
+        with nullcontext() if pooled.is_meta else torch.autocast(pooled.device.type, enabled=False):
             h = self.fc1(pooled)
             return self.fc2(self.dropout(F.relu(self.bn(h))))
 

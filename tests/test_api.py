@@ -68,6 +68,14 @@ def test_input_on_another_device_than_the_model(network):
         spnet.fast_forward(network.to("meta"), torch.zeros(1, 1, 32, 32))
 
 
+def test_on_the_meta_device(network):
+    network, x = network.to("meta"), torch.zeros(2, 1, 32, 32, device="meta")
+    assert network(x).shape == (2, 10)
+    for function in (spnet.fast_forward, spnet.explain):
+        with pytest.raises(ValueError, match=r"x: on the meta device, .* call model\(x\)"):
+            function(network, x)
+
+
 @pytest.mark.parametrize("impl", ["auto", "masked", "routed", "batch", "walk"])
 def test_batch_of_none(network, impl):
     logits, paths = spnet.fast_forward(network, torch.zeros(0, 1, 32, 32), impl=impl, return_paths=True)

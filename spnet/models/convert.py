@@ -215,7 +215,8 @@ def _route(name: str, block: nn.Module, router_width: int, router_dropout: float
     if changed:
         raise refuse("computes another thing in training mode than in evaluation mode")
 
-    router = Router(_channels(block, graph, cut, shortcut, body), router_width, router_dropout, init_std=0.0)
+    with torch.device("cpu"):  # whatever the default is: what is made on the meta device could not be moved
+        router = Router(_channels(block, graph, cut, shortcut, body), router_width, router_dropout, init_std=0.0)
     router.to(next(p for n in graph.nodes for m in _modules(block, n) for p in m.parameters()))
     parts = [_extract(block, graph, *ends) for ends in ((cut, body), (cut, shortcut), (total, output.args[0]))]
     routed: nn.Module = RoutedBlock(parts[0], router, *parts[1:])

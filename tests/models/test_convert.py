@@ -346,6 +346,19 @@ def test_dtype(dtype, x):
     assert torch.equal(model(x.to(dtype)), original(x.to(dtype)))
 
 
+def test_the_default_device_does_not_matter():
+    model = Network(Basic)
+    with torch.device("meta"):
+        spnet.convert(model)
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
+
+
+def test_on_the_meta_device(x):
+    model = spnet.convert(Network(Basic).to("meta"))
+    assert {t.device.type for t in model.state_dict().values()} == {"meta"}
+    assert model(x.to("meta")).shape == (7, 5)
+
+
 def test_a_block_or_a_line_alone():
     x = torch.randn(2, 8, 5, 5)
     for original in (Basic(8, 8, 1), nn.Sequential(Basic(8, 8, 1), Basic(8, 16, 2)), PreActivation(8, 16, 2)):
