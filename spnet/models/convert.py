@@ -201,6 +201,8 @@ def _route(name: str, block: nn.Module, router_width: int, router_dropout: float
         raise refuse("has a shortcut and a body that share more than one tensor")
     body_is_second = total.args[0] is cut or (total.args[1] is not cut and convolutions[0] < convolutions[1])
     shortcut, body = total.args if body_is_second else reversed(total.args)
+    if _has_channels_last(block, graph, cut, body):
+        raise refuse("has maps [B, H, W, C], and a router expects [B, C, H, W]")
     if _overwrites(block, graph, cut, total) or _overwrites(block, graph, x, total):
         raise refuse("overwrites its input, which the shortcut still needs")
     if total.args[0] is x and total.target in _IN_PLACE_SUMS:
@@ -271,6 +273,19 @@ def _channels(block: nn.Module, graph: fx.Graph, x: fx.Node, shortcut: fx.Node, 
     names = "out_channels", "num_features", "num_channels", "out_features"
     last_out = stated(body, *names)[-1:] if not first_in[1] else []
     return max([*first_in[0], *first_in[1], *last_out])
+
+
+def _has_channels_last(block: nn.Module, graph: fx.Graph, x: fx.Node, body: fx.Node) -> bool:
+    """Whether the body begins with a linear layer, alone or behind a normalisation: that reads the last axis."""
+    branch = _ancestors(body) - _ancestors(x)
+    before = x
+    for node in (n for n in graph.nodes if n in branch):
+        if node.op != "call_module" or node.args != (before,) or _convolutions(block, [node]):
+            return False
+        if isinstance(block.get_submodule(node.target), nn.Linear):
+            return True
+        before = node
+    return False
 
 
 def _overwrites(block: nn.Module, graph: fx.Graph, x: fx.Node, total: fx.Node) -> bool:

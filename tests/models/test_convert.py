@@ -490,6 +490,15 @@ def _entangled(self, x):
     return self.conv2(self.conv1(y + x)) + y
 
 
+def _with_channels_last(self, x):
+    y = self.linear(self.norm(x)).permute(0, 3, 1, 2)
+    return self.conv1(y).permute(0, 2, 3, 1) + x
+
+
+def _add_layers_of_the_last_axis(model, block):
+    block.norm, block.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+
 def _nest(model, block):
     block.conv2 = Basic(8, 8, 1)
 
@@ -521,6 +530,7 @@ def _pre_hook(model, block):
         (_by_mode, None, "computes another thing in training mode than in evaluation mode"),
         (_two_bodies, None, "two branches of equally many convolutions"),
         (_entangled, None, "share more than one tensor"),
+        (_with_channels_last, _add_layers_of_the_last_axis, r"maps \[B, H, W, C\]"),
         (None, _nest, "contains block 'layer1.1.conv2'"),
         (None, _repeat, "also stands at 'layer1.2'"),
         (None, _hook, "has a hook"),
