@@ -42,7 +42,7 @@ def _style(ax: Axes, title: str, xlabel: str) -> None:
     ax.set_title(title, size=10, loc="left")
     ax.set_xlabel(xlabel, size=9)
     ax.tick_params(labelsize=8)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))  # two may not fit between whole numbers
     ax.spines[["top", "right"]].set_visible(False)
 
 
