@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from spnet.analysis.macs import mega
@@ -111,6 +111,7 @@ def cost_histogram(stats: PathStatistics) -> Figure:
     ax.set_xlim(min(fixed - step, 0), dense + step)
     ax.set_xlabel("cost per sample, MMACs", size=9)
     ax.set_ylabel("samples", size=9)
+    ax.yaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     ax.tick_params(labelsize=9)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(f"Cost of the paths of {stats.count}", size=11, loc="left")

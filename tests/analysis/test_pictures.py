@@ -129,6 +129,12 @@ def test_histogram_counts_dense_samples():
     assert [bar.get_height() for bar in ax.patches] == [0] * 15 + [120]
 
 
+@pytest.mark.parametrize("samples", [1, 3, 120])
+def test_histogram_counts_in_whole_samples(samples):
+    ax = cost_histogram(statistics(*CASES["15 blocks"], samples=samples)).axes[0]
+    assert all(tick == round(tick) for tick in ax.get_yticks())
+
+
 def shown(figure: Figure) -> list[np.ndarray]:
     return [np.asarray(image.get_array()) for image in figure.findobj(AxesImage)]
 
