@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -360,7 +361,7 @@ def _time_figure(network: str, dtype: str, batches: dict[int, list[dict]]) -> Fi
         ax.plot(x, [c["ideal_ms"] for c in cells], ":", color=GREY, label="ideal: dense x executed MACs")
         ax.set(title=f"batch {batch}", xlabel="executed fraction", xlim=(-0.05, 1.05), ylim=0)
     fig.axes[0].set_ylabel("ms")
-    fig.axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     fig.suptitle(f"{network}, {dtype}", size=10)
     return fig
 
@@ -369,9 +370,12 @@ def _speed_up_figure(series: dict[tuple[str, str], dict[int, list[dict]]]) -> Fi
     """Speed-up over the best dense rival against batch, half of the block executions."""
     fig = Figure((WIDTH, 3.2), DPI, layout="constrained")
     ax = fig.subplots()
-    for (network, dtype), batches in series.items():
+    # Hollow and of several shapes: two that lie on one another are both seen.
+    for ((network, dtype), batches), marker in zip(series.items(), cycle("osD^v*"), strict=False):
         half = sorted((b, c) for b, cells in batches.items() for c in cells if c["executed"] == 0.5)
-        ax.plot([b for b, _ in half], [_speed_up(c) for _, c in half], "o-", label=f"{network}, {dtype}")
+        if half:
+            x, y = [b for b, _ in half], [_speed_up(c) for _, c in half]
+            ax.plot(x, y, marker=marker, ms=7, fillstyle="none", label=f"{network}, {dtype}")
     ax.axhline(1, color=GREY, lw=1, ls=":")
     ax.set_xscale("log", base=2)
     ax.set(xlabel="batch", ylabel="speed-up over the best dense rival", ylim=0)
@@ -398,15 +402,17 @@ def _accuracy_figure(cell: dict) -> Figure:
     ax = fig.subplots()
     routed = {name: p for name, p in cell["points"].items() if name != "static"}
     ax.plot([p["us_per_image"] for p in routed.values()], [p["accuracy"] for p in routed.values()], "o-", color=BLUE)
-    for name, p in routed.items():
-        ax.annotate(name, (p["us_per_image"], p["accuracy"]), (4, -11), textcoords="offset points", size=8)
+    # By turns below and above the line: neighbours may be closer than their names are wide.
+    for (name, p), spot in zip(routed.items(), cycle([(4, -11), (-3, 4)]), strict=False):
+        ha = "right" if spot[0] < 0 else "left"
+        ax.annotate(name, (p["us_per_image"], p["accuracy"]), spot, textcoords="offset points", size=8, ha=ha)
     static = cell["points"]["static"]
     if static["accuracy"] is not None:
         ax.plot(static["us_per_image"], static["accuracy"], "s", color=RED, label=_static(cell))
         ax.legend(frameon=False, fontsize=8)
     # Thresholds that execute next to nothing would press all others into one line.
-    accuracies = [p["accuracy"] for p in routed.values()]
-    ax.set_ylim(max(accuracies) - 0.1, max(accuracies) + 0.02)
+    best = max(p["accuracy"] for p in routed.values())
+    ax.set_ylim(best - 0.1, max(best, static["accuracy"] or 0) + 0.02)
     ax.set(xlabel="us per image", ylabel=f"accuracy, {cell['images']} test images")
     ax.set_title("one network at several router thresholds", size=10)
     return fig

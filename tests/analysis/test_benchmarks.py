@@ -5,6 +5,9 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from test_pictures import assert_readable
 
 from spnet.analysis import benchmarks
 from spnet.cli import main
@@ -115,6 +118,42 @@ def test_files(results, tmp_path):
     assert names == [f"{stem}.json", f"{stem}.md", *(f"{stem}/{name}.png" for name in figures)]
     assert all(p.stat().st_size > 1000 for p in paths)
     assert benchmarks.markdown(benchmarks.load(paths[0])) == paths[1].read_text()
+
+
+def figure_of(results, tmp_path, monkeypatch, name):
+    saved = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: saved.update({path.stem: figure}))
+    benchmarks.figures(results, tmp_path)
+    return saved[name]
+
+
+def test_the_legend_of_times_hides_none(results, tmp_path, monkeypatch):
+    figure = figure_of(results, tmp_path, monkeypatch, "time-net-float32")
+    assert_readable(figure)
+    (legend,) = figure.findobj(Legend)
+    assert len(legend.get_texts()) == 3
+    assert not any(legend.get_window_extent().overlaps(ax.bbox) for ax in figure.axes)
+
+
+def test_networks_of_one_speed_up_are_both_seen(results, tmp_path, monkeypatch):
+    results["cells"] += [{**cell, "network": "twin"} for cell in results["cells"][:4]]
+    results["cells"].append({**results["cells"][2], "network": "dense only"})
+    ax = figure_of(results, tmp_path, monkeypatch, "speed-up").axes[0]
+    net, twin = ax.get_lines()[:2]
+    assert net.get_ydata().tolist() == twin.get_ydata().tolist()
+    assert net.get_marker() != twin.get_marker()
+    assert net.get_fillstyle() == twin.get_fillstyle() == "none"
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["net, float32", "twin, float32"]
+
+
+def test_accuracy_of_close_thresholds_and_of_a_better_static_network(results, tmp_path, monkeypatch):
+    points = results["cells"][5]["points"]
+    points["static"]["accuracy"] = 0.6
+    points |= {"0.5": {**points["0.0"], "us_per_image": 24.5}, "1.0": {**points["0.0"], "us_per_image": 20.0}}
+    figure = figure_of(results, tmp_path, monkeypatch, "accuracy")
+    assert_readable(figure)
+    low, high = figure.axes[0].get_ylim()
+    assert low < 0.6 < high
 
 
 def test_collect(tmp_path):
