@@ -21,6 +21,7 @@ from spnet.api import IMPLEMENTATIONS
 from spnet.demo import run_demo
 from spnet.models.files import CONFIG, write_whole
 from spnet.models.hub import model_card
+from spnet.pretrained import bundled_networks
 from spnet.routing import routed_blocks
 from spnet.training import TrainConfig, Trainer, distributed, evaluate
 from spnet.training.config import PRESETS
@@ -62,6 +63,9 @@ def _load(folder: str) -> spnet.SPNet:
         return spnet.load_model(path)
     if path.exists():
         raise FileNotFoundError(f"model: {folder} is no model folder, as there is no {CONFIG} in it")
+    if folder not in bundled_networks():
+        known = ", ".join(bundled_networks())
+        raise FileNotFoundError(f"model: {folder} is neither a folder nor a bundled network; there is {known}")
     return spnet.load_pretrained(folder)
 
 

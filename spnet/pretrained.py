@@ -15,8 +15,13 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 SAMPLE = "test-1000.npz"
 
 
+def bundled_networks() -> list[str]:
+    """The names that :func:`load_pretrained` knows."""
+    return sorted(p.parent.name for p in ASSETS.glob(f"*/{WEIGHTS}"))
+
+
 def _folder(name: str) -> Path:
-    known = sorted(p.parent.name for p in ASSETS.glob(f"*/{WEIGHTS}"))
+    known = bundled_networks()
     if name not in known:
         raise ValueError(f"name: unknown pretrained network {name!r}; there is {', '.join(known)}")
     return ASSETS / name
