@@ -174,6 +174,12 @@ def test_unknown_model_names_the_near_matches():
         spnet.create_model("resnet20_cifar", shortcut="option-a")
 
 
+@pytest.mark.parametrize(("blocks", "widths"), [([], []), ([1, 2], [8]), ([1], [8, 16]), ([1, 0], [8, 16])])
+def test_every_stage_has_blocks_and_a_width(blocks, widths):
+    with pytest.raises(ValueError, match=re.escape(f"for each of the widths {widths}, got {blocks}")):
+        spnet.SPNet(blocks, widths, num_classes=2)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_masked_forward_compiles_whole(training):
     model = spnet.create_model("resnet20_cifar", in_channels=1).train(training)

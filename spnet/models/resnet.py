@@ -88,7 +88,8 @@ class SPNet(nn.Module):
         router_width, router_dropout: see :class:`spnet.Router`.
 
     Raises:
-        ValueError: num_classes, in_channels or input_size is no whole number of at least 1, or an unknown shortcut.
+        ValueError: num_classes, in_channels or input_size is no whole number of at least 1; no stage, one without
+            blocks, or another number of widths; or an unknown shortcut.
     """
 
     def __init__(
@@ -110,6 +111,10 @@ class SPNet(nn.Module):
         for name, value in dict(num_classes=num_classes, in_channels=in_channels, input_size=input_size).items():
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        if not 0 < len(stage_blocks) == len(widths) or min(stage_blocks) < 1:
+            raise ValueError(
+                f"stage_blocks: expected at least 1 for each of the widths {list(widths)}, got {list(stage_blocks)}"
+            )
         self.in_channels, self.num_classes, self.input_size = in_channels, num_classes, input_size
         self.config: dict | None = None  # arguments of create_model, for model folders
         self.data: dict | None = None  # class names, and mean and std of the pixels that it was trained on
