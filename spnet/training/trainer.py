@@ -166,10 +166,12 @@ class Trainer:
         self.train_loader = train_loader or make_loader(config.data, "train", **data)
         self.test_loader = test_loader or make_loader(config.data, "test", **data)
         t = self.train_loader
-        if t.class_names != self.test_loader.class_names:
-            raise ValueError(
-                f"data: {t.num_classes} training classes differ from {self.test_loader.num_classes} test classes"
-            )
+        for k, (own, other) in enumerate(zip_longest(t.class_names, self.test_loader.class_names)):
+            if own != other:
+                raise ValueError(
+                    f"data: {t.num_classes} training classes differ from {self.test_loader.num_classes} test classes: "
+                    f"class {k} is {own!r} in training, {other!r} in testing"
+                )
         shape = dict(num_classes=t.num_classes, in_channels=t.in_channels, input_size=t.input_size)
         self.model: SPNet = create_model(config.model, routed=not config.static, **shape)
         stages = len(self.model.heads)

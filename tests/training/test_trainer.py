@@ -601,6 +601,10 @@ def test_training_and_test_data_of_different_classes(tmp_path):
     train, test = (Loader(make_set(classes=n), 8, train=False) for n in (4, 5))
     with pytest.raises(ValueError, match="data: 4 training classes differ from 5 test classes"):
         Trainer(TrainConfig(model="resnet20_cifar", out=str(tmp_path)), train_loader=train, test_loader=test)
+    named = dataclasses.replace(make_set(), class_names=("class 0", "class 1", "cat", "class 3"))
+    train, test = Loader(make_set(), 8, train=False), Loader(named, 8, train=False)
+    with pytest.raises(ValueError, match="4 test classes: class 2 is 'class 2' in training, 'cat' in testing"):
+        Trainer(TrainConfig(model="resnet20_cifar", out=str(tmp_path)), train_loader=train, test_loader=test)
 
 
 def test_settings_that_do_not_fit(tmp_path):
