@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import statistics
 from collections.abc import Iterator
 from html import escape
@@ -155,8 +156,9 @@ def _summary(config: TrainConfig, epochs: list[dict], alignment: float) -> dict[
         "last test accuracy": f"{last['test']['accuracy']:.2%}",
         "cost of a test image": f"{best['test']['macs'] / 1e6:.2f} MMACs, "
         f"{best['test']['macs'] / best['test']['dense_macs']:.1%} of dense (best)",
-        "alignment": f"{alignment:.3f}, mean cosine of successive feature differences (best)",
     }
+    if not math.isnan(alignment):  # of a network that skips everything
+        facts["alignment"] = f"{alignment:.3f}, mean cosine of successive feature differences (best)"
     if last["test"].get("churn") is not None:
         facts["path churn"] = f"{last['test']['churn']:.2%} of the decisions in the last epoch"
     for name, unit, scale in (("images", "images/s", 1), ("macs", "GMAC/s", 1e9)):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -94,6 +95,13 @@ def test_static_run(tmp_path):
     assert [p.startswith(name) for p, name in zip(pictures(page), PICTURES[:2], strict=True)] == [True] * 2
     assert "every image executes every block" in page.read_text()
     assert "path churn" not in facts(page)
+
+
+def test_no_alignment_where_nothing_moves(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("spnet.training.report.evolution_alignment", lambda *args: math.nan)
+    page = write_report(run, tmp_path / "page.html", loader=held_out(), limit=2)
+    assert "alignment" not in facts(page)
+    assert "nan" not in facts(page).values()
 
 
 def test_what_is_no_run(run, tmp_path):
