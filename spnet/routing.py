@@ -61,7 +61,8 @@ class Router(nn.Module):
         channels: C, the channels of the block's input.
         width: hidden units.
         dropout: probability of dropping a hidden unit in training.
-        bias: initial bias of the (skip, execute) logits; the default starts blocks open for ~85 % of samples.
+        bias: initial bias of the (skip, execute) logits; the default starts blocks open for ~85 % of samples
+            in training.
         init_std: standard deviation of the last layer's initial weights; None means Kaiming-normal.
 
     Source: SP-Net (ECCV 2022), the dynamic router; ConvNet-AIG (ECCV 2018), section 3.2.
