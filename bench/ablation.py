@@ -317,7 +317,8 @@ def markdown(results: dict) -> str:
         "epochs and that of the last one. Alignment is the mean cosine of successive feature differences, of "
         f"{ALIGNED} test images after the last epoch. The time is that of fast_forward in batches of 100, which runs "
         "the static network behind routers that execute everything; in % of such a network's, timed in turns with it. "
-        '"+ path" adds the auxiliary module with L_path and L_logits, "+ evolution" adds L_evo, SP-Net both.',
+        '"+ path" adds the auxiliary module with L_path and L_logits, "+ evolution" adds L_evo, SP-Net both. '
+        "The curves are means, the bands around them reach from the least to the greatest of the seeds.",
         "",
     ]
     columns = [

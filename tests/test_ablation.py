@@ -114,6 +114,7 @@ def test_table(ablation, study, tmp_path):
     assert f"| SP-Net | 0.5 | {row} 15.00 ± 7.07 | 15.00 ± 7.07 | 0.400 ± 0.141 |" in text
     assert f"| static |  | {row}  |  | 0.400 ± 0.141 |" in text
     assert "4 epochs of the first 256 training images" in text
+    assert "bands around them reach from the least to the greatest of the seeds" in text
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
