@@ -155,7 +155,8 @@ def fast_forward(
         impl: "masked" computes everything and selects (the specification); "routed" gathers the samples routed
             to each body; "batch" does so with folded weights and fused operators; "walk" carries each sample through
             the whole network in native code. "auto" takes "walk" where it fits, else "batch" where :func:`spnet.lower`
-            takes the model, else "routed". A named one runs or raises, it never falls back. "batch" and "walk" follow
+            takes the model, else "routed", as also for images of a fifth shape: a model that takes any keeps its plans
+            for the first four. A named one runs or raises, it never falls back. "batch" and "walk" follow
             every change of the model's parameters, buffers, attributes and forwards, on CUDA all but what is written
             into a weight through its ``.data``, which PyTorch does not count; a forward that reads anything else that
             changes, a global variable say, needs "routed".

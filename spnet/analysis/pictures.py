@@ -29,7 +29,8 @@ MOST_NAMES = 40  # rows; more leave no room for a name beside each
 def rate_heat_map(stats: PathStatistics) -> Figure:
     """Execution rate per class (rows, the mean of all samples on top) and block (columns, grouped by stage).
 
-    Classes without samples are left out. Up to 20 blocks each cell shows its rate in percent.
+    Classes without samples are left out. Up to 20 blocks and 39 classes each cell shows its rate in percent; of more
+    classes the rows have no names.
     """
     present = stats.class_samples > 0
     rates = torch.cat([stats.rates[None], stats.class_rates[present]]).numpy()  # [1 + classes, L]
