@@ -334,7 +334,7 @@ def _measured(quick: bool) -> tuple[dict, int]:
 @main.command()
 @click.argument("model", required=False)
 def info(model: str | None) -> None:
-    """What this build can do; with MODEL (a name, a folder or a bundled network) also its cost and execution.
+    """What this build can do; with MODEL (one of the models, a folder or a bundled network) its cost and execution too.
 
     \b
     Example:
@@ -342,8 +342,8 @@ def info(model: str | None) -> None:
     """
     for key, value in spnet.build_info().items():
         click.echo(f"{key:12} {value}")
+    click.echo(f"{'models':12} {', '.join(spnet.list_models())}")
     if model is None:
-        click.echo(f"{'models':12} {', '.join(spnet.list_models())}")
         return
     network = spnet.create_model(model) if model in spnet.list_models() else _load(model)
     network.eval()

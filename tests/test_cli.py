@@ -124,6 +124,7 @@ def test_info():
 def test_errors_are_one_line(tmp_path):
     missing = "model: runs/nowhere/best is neither a folder nor a bundled network; there is fashion-mnist"
     assert missing in fail("eval", "runs/nowhere/best")
+    assert "resnet110_cifar" in fail("info", "resnet110")
     assert "is no model folder, as there is no config.json in it" in fail("eval", str(tmp_path))
     assert "No such option" in fail("train", "--learning-rate", "1")
     assert "invalid literal" in fail("train", "--milestones", "1,soon")
