@@ -70,9 +70,19 @@ struct ConvFunctions {
   void (*run)(const Conv& conv, const Part& part);
 
   int64_t lanes_of(int64_t channels) const { return channels > vector ? lanes : vector; }
+  int64_t planes_of(int64_t channels) const {
+    return (channels + lanes_of(channels) - 1) / lanes_of(channels);
+  }
+  // To whole planes.
+  int64_t padded(int64_t channels) const { return planes_of(channels) * lanes_of(channels); }
   // In elements: a row of `pixels`. Two of 16 lanes are a cache line.
   int64_t row(int64_t pixels, int64_t lanes) const {
     return (tiles && lanes == vector ? pixels + pixels % 2 : pixels) * lanes;
+  }
+  // In elements: a map with a halo of one pixel, and what may be read behind it.
+  int64_t map(int64_t channels, int64_t height, int64_t width) const {
+    const int64_t lanes = lanes_of(channels);
+    return planes_of(channels) * (height + 2) * row(width + 2, lanes) + kSlackPixels * lanes;
   }
 };
 

@@ -167,7 +167,8 @@ PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
   const float* packed = packed_.back().get();
   const bool streams = side > 1 && bytes > kStreamedBytes * winograd_tiles(shape, side);
   const float* bias = pack_vector(floats + shape.bias, shape.cout);
-  PackedConv result{&functions, packed, bias, shape, vectors(shape.cout), bytes, streams, {}, {}};
+  const int64_t vectors = conv.padded(shape.cout) / conv.vector;
+  PackedConv result{&functions, packed, bias, shape, vectors, bytes, streams, {}, {}};
   const PlanSqueeze& squeeze = shape.squeeze;
   if (squeeze.width > 0) {
     result.squeeze = pack_linear(floats, squeeze.weight1, squeeze.bias1, shape.cout, squeeze.width);
@@ -177,7 +178,7 @@ PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
 }
 
 int64_t PackedPlan::pack_winograd(const float* weight, const PlanConv& shape, int side) {
-  const int64_t lanes = conv.vector, outputs = vectors(shape.cout) * lanes, reach = side + 2;
+  const int64_t lanes = conv.vector, outputs = conv.padded(shape.cout), reach = side + 2;
   const int64_t n_places = winograd_places(side);
   packed_.emplace_back(n_places * outputs * shape.cin);
   float* const packed = packed_.back().get();
@@ -202,11 +203,11 @@ int64_t PackedPlan::pack_winograd(const float* weight, const PlanConv& shape, in
 int64_t PackedPlan::pack_direct(const float* weight, const PlanConv& shape) {
   const int64_t cout = shape.cout, cin = shape.cin, kernel = shape.kernel, taps = kernel * kernel;
   const int64_t lanes = kernel == 7 ? kImageLanes : conv.lanes, step = conv.word_channels;
-  packed_.emplace_back(vectors(cout) * conv.vector * ((cin + step - 1) / step) * taps);
+  const int64_t outputs = conv.padded(cout), group = conv.group * conv.vector;
+  packed_.emplace_back(outputs * ((cin + step - 1) / step) * taps);
   float* to = packed_.back().get();
-  for (int64_t vector = 0; vector < vectors(cout); vector += conv.group) {
-    const int64_t first = vector * conv.vector;
-    const int64_t n = std::min<int64_t>(conv.group, vectors(cout) - vector) * conv.vector;
+  for (int64_t first = 0; first < outputs; first += group) {
+    const int64_t n = std::min(group, outputs - first);
     for (int64_t block = 0; block < cin; block += lanes) {
       for (int64_t ky = 0; ky < kernel; ++ky) {
         for (int64_t c = block; c < std::min(block + lanes, cin); c += step) {
@@ -229,7 +230,7 @@ int64_t PackedPlan::pack_tiles(const float* weight, const PlanConv& shape) {
   const int64_t together = kTileOutputs / out_lanes;  // pixels
   const int64_t words = lanes / conv.word_channels;
   const int64_t rows = round_up((kernel + (together - 1) * shape.stride) * words, kTileWords);
-  packed_.emplace_back(round_up(cout, out_lanes) * together * ((cin + lanes - 1) / lanes) * kernel * rows);
+  packed_.emplace_back(conv.padded(cout) * together * ((cin + lanes - 1) / lanes) * kernel * rows);
   float* to = packed_.back().get();
   for (int64_t first = 0; first < cout; first += out_lanes) {
     for (int64_t block = 0; block < cin; block += lanes) {
@@ -261,7 +262,7 @@ void PackedPlan::pack_word(const float* channels, int64_t step, int64_t left, fl
 }
 
 const float* PackedPlan::pack_vector(const float* values, int64_t n) {
-  packed_.emplace_back(vectors(n) * conv.vector);
+  packed_.emplace_back(conv.padded(n));
   std::copy(values, values + n, packed_.back().get());
   return packed_.back().get();
 }
@@ -269,7 +270,7 @@ const float* PackedPlan::pack_vector(const float* values, int64_t n) {
 Linear PackedPlan::pack_linear(const float* floats, int64_t weight, int64_t bias, int64_t inputs,
                                int64_t outputs) {
   const int64_t lanes = conv.vector;
-  packed_.emplace_back(vectors(outputs) * lanes * inputs);
+  packed_.emplace_back(conv.padded(outputs) * inputs);
   float* to = packed_.back().get();
   for (int64_t o = 0; o < outputs; ++o) {
     float* column = to + o / lanes * lanes * inputs + o % lanes;
@@ -279,21 +280,18 @@ Linear PackedPlan::pack_linear(const float* floats, int64_t weight, int64_t bias
 }
 
 int64_t PackedPlan::row_bytes(int64_t channels, int64_t width) const {
-  return vectors(channels) * conv.vector * width * element_bytes();
+  return conv.padded(channels) * width * element_bytes();
 }
 
 int64_t PackedPlan::map_bytes(int64_t channels, int64_t height, int64_t width) const {
-  const int64_t lanes = conv.lanes_of(channels);
-  const int64_t elements =
-      planes(channels) * (height + 2) * conv.row(width + 2, lanes) + kSlackPixels * lanes;
-  return whole_lines(elements * element_bytes());
+  return whole_lines(conv.map(channels, height, width) * element_bytes());
 }
 
 void PackedPlan::measure() {
   const auto grow = [](int64_t& bytes, int64_t wanted) { bytes = std::max(bytes, wanted + kGuardBytes); };
   const auto floats = [](int64_t n) { return whole_lines(n * sizeof(float)); };
   const auto sums = [&](int64_t channels, int64_t height) {
-    const int64_t padded = vectors(channels) * conv.vector;
+    const int64_t padded = conv.padded(channels);
     grow(sums_bytes_, floats(padded * height));
     grow(pooled_bytes_, floats(padded));
   };

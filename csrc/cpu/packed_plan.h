@@ -105,10 +105,6 @@ class PackedPlan {
   bool is_heavy = false;  // a block is
 
   int64_t element_bytes() const { return 4 / conv.word_channels; }
-  int64_t planes(int64_t channels) const {
-    const int64_t lanes = conv.lanes_of(channels);
-    return (channels + lanes - 1) / lanes;
-  }
   int64_t workspace_bytes() const { return bytes_of(workspace_samples()) + scratch_bytes_; }
   // The most samples that a thread takes through the blocks together.
   int64_t workspace_samples() const;
@@ -121,7 +117,6 @@ class PackedPlan {
                  std::vector<AlignedFloats> scratch) const;
 
  private:
-  int64_t vectors(int64_t channels) const { return planes(channels) * conv.lanes_of(channels) / conv.vector; }
   int64_t row_bytes(int64_t channels, int64_t width) const;  // without a halo
   int64_t map_bytes(int64_t channels, int64_t height, int64_t width) const;
   const float* pack_vector(const float* values, int64_t n);

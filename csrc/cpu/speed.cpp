@@ -6,7 +6,6 @@
 #include <deque>
 #include <mutex>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "packed_plan.h"
@@ -63,15 +62,14 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
   shape.out_width = width;
   const Kernels set = kernels(precision);
   const ConvFunctions& functions = choose_conv(set, shape);
-  const int64_t lanes = functions.lanes_of(channels), planes = (channels + lanes - 1) / lanes;
-  const int64_t vectors = planes * lanes / functions.vector;
-  const int64_t row = functions.row(width + 2, lanes), plane = (height + 2) * row;
+  const int64_t lanes = functions.lanes_of(channels), row = functions.row(width + 2, lanes);
+  const int64_t plane = (height + 2) * row;
   // As many as any kernel reads of zeros.
   const int64_t most = (channels + kTileOutputs - 1) / kTileOutputs * kTileOutputs;
   const AlignedFloats weight(most * most * winograd_places(4)), bias(most);
   std::deque<AlignedFloats> maps, scratch;
   for (int i = 0; i < 2 * threads; ++i)
-    maps.emplace_back((planes * plane + kSlackPixels * lanes) / functions.word_channels);
+    maps.emplace_back(functions.map(channels, height, width) / functions.word_channels);
   for (int i = 0; i < threads; ++i)
     scratch.emplace_back(functions.side > 1 ? functions.scratch(channels) : 0);
   std::atomic<int> next{0};
@@ -89,7 +87,7 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
     conv.height = height;
     conv.width = width;
     conv.cout = channels;
-    conv.vectors = vectors;
+    conv.vectors = functions.padded(channels) / functions.vector;
     conv.residual = conv.relu = true;
     conv.scratch = scratch[i / 2].get();
     return [conv, &functions] {

@@ -237,7 +237,7 @@ class Walk {
   }
 
   void shape(MapBuffer& map, int64_t channels, int64_t height, int64_t width) const {
-    shape(map, plan_.planes(channels), plan_.conv.lanes_of(channels), 1, height, width);
+    shape(map, plan_.conv.planes_of(channels), plan_.conv.lanes_of(channels), 1, height, width);
   }
 
   template <class Function>
