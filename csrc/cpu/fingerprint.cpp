@@ -15,14 +15,10 @@ namespace {
 constexpr int64_t kRangeBytes = 128 * 1024;
 
 const MixWords& mix_words() {
-  switch (level()) {
-#define SPNET_CASE(name) \
-  case Level::name:      \
-    return name::mix_words;
-    SPNET_FOR_EACH_LEVEL(SPNET_CASE)
-#undef SPNET_CASE
-  }
-  throw std::logic_error("unknown level");
+#define SPNET_FUNCTIONS(level) &level::mix_words,
+  constexpr const MixWords* kOfLevel[] = {SPNET_FOR_EACH_LEVEL(SPNET_FUNCTIONS)};
+#undef SPNET_FUNCTIONS
+  return *kOfLevel[static_cast<int>(level())];
 }
 
 }  // namespace

@@ -30,15 +30,12 @@ Kernels kernels(Precision precision) {
     return {avx512_bf16::conv_functions, nullptr, nullptr, avx512_bf16::walk_ops, avx512_bf16::fma_loop};
 #endif
   }
-  switch (level()) {
-#define SPNET_CASE(name)                                                                                  \
-  case Level::name:                                                                                       \
-    return {name::conv_functions, &name::winograd2_functions, &name::winograd4_functions, name::walk_ops, \
-            name::fma_loop};
-    SPNET_FOR_EACH_LEVEL(SPNET_CASE)
-#undef SPNET_CASE
-  }
-  throw std::logic_error("unknown level");
+#define SPNET_KERNELS(level)                                                                         \
+  {level::conv_functions, &level::winograd2_functions, &level::winograd4_functions, level::walk_ops, \
+   level::fma_loop},
+  const Kernels of_level[] = {SPNET_FOR_EACH_LEVEL(SPNET_KERNELS)};
+#undef SPNET_KERNELS
+  return of_level[static_cast<int>(level())];
 }
 
 }  // namespace spnet::cpu

@@ -77,14 +77,10 @@ void set_level(const std::string& name) {
 }
 
 const char* level_name(Level level) {
-  switch (level) {
-#define SPNET_CASE(name) \
-  case Level::name:      \
-    return #name;
-    SPNET_FOR_EACH_LEVEL(SPNET_CASE)
-#undef SPNET_CASE
-  }
-  throw std::logic_error("unknown level");
+#define SPNET_NAME(level) #level,
+  constexpr const char* kNames[] = {SPNET_FOR_EACH_LEVEL(SPNET_NAME)};
+#undef SPNET_NAME
+  return kNames[static_cast<int>(level)];
 }
 
 }  // namespace spnet::cpu

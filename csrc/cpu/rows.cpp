@@ -82,14 +82,10 @@ void for_each_piece(int64_t n, int64_t row_elems, int64_t elem_bytes, int thread
 }
 
 const AddRowFunctions& add_row_functions() {
-  switch (level()) {
-#define SPNET_CASE(name) \
-  case Level::name:      \
-    return name::add_row_functions;
-    SPNET_FOR_EACH_LEVEL(SPNET_CASE)
-#undef SPNET_CASE
-  }
-  throw std::logic_error("unknown level");
+#define SPNET_FUNCTIONS(level) &level::add_row_functions,
+  constexpr const AddRowFunctions* kOfLevel[] = {SPNET_FOR_EACH_LEVEL(SPNET_FUNCTIONS)};
+#undef SPNET_FUNCTIONS
+  return *kOfLevel[static_cast<int>(level())];
 }
 
 }  // namespace
