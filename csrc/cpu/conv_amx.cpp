@@ -292,13 +292,17 @@ void run(const Conv& conv, const Part& part) {
 float multiply_only(int64_t repetitions) {
   const Registers registers(kTile);
   alignas(64) float sums[kTile * kLanes] = {};
-#define SPNET_ZERO_ALL(i) _tile_zero(i);
-  SPNET_ZERO_ALL(0)
-  SPNET_ZERO_ALL(1)
-  SPNET_ZERO_ALL(2)
-  SPNET_ZERO_ALL(3) SPNET_ZERO_ALL(4) SPNET_ZERO_ALL(5) for (int64_t n = 0; n < repetitions; ++n) {
-#define SPNET_PRODUCT(i) _tile_dpbf16ps(i, 4, 5);
-    SPNET_PRODUCT(0) SPNET_PRODUCT(1) SPNET_PRODUCT(2) SPNET_PRODUCT(3)
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  for (int64_t n = 0; n < repetitions; ++n) {
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 5);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_dpbf16ps(3, 4, 5);
   }
   SPNET_KEEP(0, sums);
   return sums[0];
