@@ -65,7 +65,7 @@ class Walk {
 
   SPNET_DEVICE void run_sample(int64_t sample) {
     const bool forced = batch_.paths != nullptr;
-    int clean = -1;  // the placement for which the halo of the middle map is zero
+    int clean = -1;  // the middle map whose halo is zero
     SPNET_NO_UNROLL
     for (int i = 0; i <= net_.n_blocks; ++i, next_phase()) {
       copy_block(i + 1);
@@ -87,9 +87,9 @@ class Walk {
         if (routed) next_phase();
         layer = &block.second;
         if (layer->sources[1].chunks > 0) start_stream(layer, 1, 1);
-      } else if (!stem && clean != block.placement) {
+      } else if (!stem && clean != block.middle) {
         clear_halo(block.first.out);
-        clean = block.placement;
+        clean = block.middle;
       }
       if (!block.identity) clear_halo(block.second.out);
       SPNET_NO_UNROLL

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -18,14 +18,9 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // Gives each buffer the lowest place that nothing alive overlaps.
 class Arena {
  public:
-  struct Range {
-    int64_t begin, end;
-    bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
-  };
-
   explicit Arena(int64_t begin) : begin_(begin), peak_(begin) {}
 
-  Range place(int64_t bytes) {
+  int64_t place(int64_t bytes) {
     std::sort(alive_.begin(), alive_.end(), [](Range a, Range b) { return a.begin < b.begin; });
     int64_t begin = begin_;
     for (const Range& range : alive_) {
@@ -34,13 +29,20 @@ class Arena {
     }
     alive_.push_back({begin, begin + bytes});
     peak_ = std::max(peak_, begin + bytes);
-    return alive_.back();
+    return begin;
   }
 
-  void keep_only(Range range) { alive_ = {range}; }
+  void keep_only(int64_t begin) {
+    const auto other = [=](Range range) { return range.begin != begin; };
+    alive_.erase(std::remove_if(alive_.begin(), alive_.end(), other), alive_.end());
+  }
   int64_t peak() const { return peak_; }
 
  private:
+  struct Range {
+    int64_t begin, end;
+  };
+
   int64_t begin_, peak_;
   std::vector<Range> alive_;
 };
@@ -55,45 +57,39 @@ class Builder {
     Network& network = layout_.network;
     network.in_channels = plan_.in_channels;
     network.n_blocks = plan_.blocks.size();
-    const Arena::Range input = place_map(plan_.in_channels, plan_.in_height, plan_.in_width);
-    const Map in = map(input, plan_.in_channels, plan_.in_height, plan_.in_width);
-    Arena::Range state = place_map(plan_.channels, plan_.in_height, plan_.in_width);
-    Map state_map = map(state, plan_.channels, plan_.in_height, plan_.in_width);
+    const Map in = place_map(plan_.in_channels, plan_.in_height, plan_.in_width);
+    Map state = place_map(plan_.channels, plan_.in_height, plan_.in_width);
     Block stem{};
-    stem.second = layer(in, plan_.stem[0], 1, state_map, "stem");
+    stem.second = layer(in, plan_.stem[0], 1, state, "stem");
     stem.second.pool_scale = 1.f / (plan_.in_height * plan_.in_width);
     stem.second.bias[0] = add_bias(plan_.stem[0], nullptr);
     stem.ring = place_ring(stem.first, stem.second);
     check("stem");
     layout_.blocks.push_back(stem);
 
-    std::vector<Arena::Range> before;
     for (size_t i = 0; i < plan_.blocks.size(); ++i) {
       const PlanBlock& shape = plan_.blocks[i];
       const std::string name = "block " + std::to_string(i);
-      arena_.keep_only(state);
+      arena_.keep_only(state.offset);
       Block block{};
       block.identity = shape.shortcut == Shortcut::identity;
-      const Arena::Range out =
-          block.identity ? state : place_map(shape.cout(), shape.out_height(), shape.out_width());
-      const Map out_map = map(out, shape.cout(), shape.out_height(), shape.out_width());
-      const Arena::Range middle = place_map(shape.body[0].cout, shape.out_height(), shape.out_width());
-      const Map middle_map = map(middle, shape.body[0].cout, shape.out_height(), shape.out_width());
+      const Map out = block.identity ? state : place_map(shape.cout(), shape.out_height(), shape.out_width());
+      const Map middle = place_map(shape.body[0].cout, shape.out_height(), shape.out_width());
 
-      block.first = layer(state_map, shape.body[0], shape.stride, middle_map, name);
+      block.first = layer(state, shape.body[0], shape.stride, middle, name);
       block.first.bias[0] = add_bias(shape.body[0], nullptr);
-      block.second = layer(middle_map, shape.body[1], 1, out_map, name);
+      block.second = layer(middle, shape.body[1], 1, out, name);
       block.second.pool_scale = 1.f / (shape.out_height() * shape.out_width());
       block.second.residual = block.identity                    ? Residual::in_place
                               : shape.shortcut == Shortcut::pad ? Residual::pad
                                                                 : Residual::none;
-      block.second.sources[1].in = state_map;
+      block.second.sources[1].in = state;
       block.second.sources[1].stride = shape.stride;
       block.second.pad_before = shape.pad_before;
       block.second.pad_channels = shape.cin();
       const bool projection = shape.shortcut == Shortcut::projection;
       if (projection) {
-        block.second.sources[1] = source(state_map, shape.projection, shape.stride, 1, name);
+        block.second.sources[1] = source(state, shape.projection, shape.stride, 1, name);
       }
       block.second.bias[0] = add_bias(shape.body[1], projection ? &shape.projection : nullptr);
       block.second.bias[1] = projection ? add_bias(shape.projection, nullptr) : add_zeros(shape.cout());
@@ -102,17 +98,12 @@ class Builder {
       block.router_weight2 = add(floats_ + shape.router.weight2, shape.router.width);
       block.router_bias2 = floats_[shape.router.bias2];
 
-      std::vector<Arena::Range> places = {state,
-                                          out,
-                                          middle,
-                                          {block.ring.offset, block.ring.stage_bytes},
-                                          {middle_map.pixel_bytes, middle_map.width}};
-      block.placement = layout_.blocks.back().placement + (places != before);
-      before = std::move(places);
+      // In no block does anything else lie where this one's does, so its halo stays zero from block to block.
+      const Block& before = layout_.blocks.back();
+      block.middle = before.middle + (std::memcmp(&middle, &before.first.out, sizeof(Map)) != 0);
       check(name);
       layout_.blocks.push_back(block);
       state = out;
-      state_map = out_map;
     }
     network.head = linear(plan_.head.weight, plan_.head.bias, plan_.head.cin, plan_.num_classes);
     network.shared_bytes = arena_.peak();
@@ -120,18 +111,11 @@ class Builder {
   }
 
  private:
-  static int64_t map_bytes(int64_t channels, int64_t height, int64_t width) {
-    return (height + 2) * (width + 2) * pixel_bytes(channels);
-  }
-  static int64_t pixel_bytes(int64_t channels) { return 2 * round_up(channels, kTile) + 16; }
-
-  Arena::Range place_map(int64_t channels, int64_t height, int64_t width) {
-    return arena_.place(map_bytes(channels, height, width));
-  }
-
-  static Map map(Arena::Range place, int64_t channels, int64_t height, int64_t width) {
-    return {static_cast<int32_t>(place.begin), static_cast<int32_t>(pixel_bytes(channels)),
-            static_cast<int32_t>(height), static_cast<int32_t>(width)};
+  Map place_map(int64_t channels, int64_t height, int64_t width) {
+    const int64_t pixel_bytes = 2 * round_up(channels, kTile) + 16;
+    const int64_t offset = arena_.place((height + 2) * (width + 2) * pixel_bytes);
+    return {static_cast<int32_t>(offset), static_cast<int32_t>(pixel_bytes), static_cast<int32_t>(height),
+            static_cast<int32_t>(width)};
   }
 
   // Rows that a unit computes: as many as make the passes of the warps over all units take the shortest time.
@@ -188,7 +172,7 @@ class Builder {
         }
       }
     }
-    return {static_cast<int32_t>(arena_.place(kStages * stage).begin), static_cast<int32_t>(stage)};
+    return {static_cast<int32_t>(arena_.place(kStages * stage)), static_cast<int32_t>(stage)};
   }
 
   void check(const std::string& name) const {

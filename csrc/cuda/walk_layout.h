@@ -70,7 +70,7 @@ struct alignas(16) Block {
   int64_t router_weight2;
   float router_bias2;
   int32_t identity;
-  int32_t placement;  // changes from block to block where the place of any map or of the ring does
+  int32_t middle;  // number of the map between the layers, the same as before where that stays where it is
 };
 
 // Offsets of what is no map, in bytes of shared memory.
