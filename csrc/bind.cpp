@@ -16,7 +16,6 @@
 #endif
 
 namespace py = pybind11;
-using Address = std::uintptr_t;
 
 namespace {
 

@@ -37,8 +37,7 @@ struct EmulatedPlan {
 
 constexpr const char* kRun =
     "Logits (float32) [batch, classes] and decisions (uint8) [batch, blocks] of x (the plan's dtype); "
-    "strides in "
-    "elements. With paths (bool [batch, blocks], address not 0) no router is computed.";
+    "strides in elements. With paths (bool [batch, blocks], address not 0) no router is computed.";
 
 void bind_emulated(py::module_& m) {
   py::class_<EmulatedPlan>(
@@ -75,9 +74,8 @@ void bind_emulated(py::module_& m) {
 
 #ifdef SPNET_CUDA_ARCHITECTURES
 void bind_device(py::module_& m) {
-  py::class_<cuda::DevicePlan>(m, "CudaPlan",
-                               "A routed network on a device, in float16 or bfloat16; csrc/plan.h says the "
-                               "format.")
+  py::class_<cuda::DevicePlan>(
+      m, "CudaPlan", "A routed network on a device, in float16 or bfloat16; csrc/plan.h says the format.")
       .def(py::init(
                [](Address ints, int64_t n_ints, Address floats, int64_t n_floats, Dtype dtype, int device) {
                  return with_plan(ints, n_ints, floats, n_floats, dtype,

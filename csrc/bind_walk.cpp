@@ -12,8 +12,7 @@ void bind_walk(py::module_& m) {
       .value("bfloat16", cpu::Precision::bfloat16);
   m.def("has_bfloat16", &cpu::has_bfloat16,
         "Whether plans of bfloat16 maps and weights run here: the processor, the build and the level in use "
-        "have "
-        "AVX512_BF16.");
+        "have AVX512_BF16.");
 
   py::class_<cpu::PackedPlan>(m, "Plan", "A routed network for the native walk; csrc/plan.h says the format.")
       .def(py::init(
@@ -33,9 +32,8 @@ void bind_walk(py::module_& m) {
             cpu::walk(plan, work, is_bfloat16, threads);
           },
           "Logits (float32) [batch, classes] and decisions (uint8) [batch, blocks] of x (float32, or "
-          "bfloat16 where the plan is); strides "
-          "in "
-          "elements. With paths (bool [batch, blocks], address not 0) no router is computed.",
+          "bfloat16 where the plan is); strides in elements. With paths (bool [batch, blocks], address "
+          "not 0) no router is computed.",
           py::arg("x"), py::arg("batch"), py::arg("stride_n"), py::arg("stride_c"), py::arg("stride_h"),
           py::arg("stride_w"), py::arg("paths"), py::arg("threshold"), py::arg("logits"),
           py::arg("decisions"), py::arg("threads"), py::arg("is_bfloat16") = false,
@@ -54,8 +52,8 @@ void bind_walk(py::module_& m) {
       py::arg("threads"), py::arg("seconds"), py::arg("precision") = cpu::Precision::float32,
       py::call_guard<py::gil_scoped_release>());
   m.def("conv_gflops", &cpu::conv_gflops,
-        "What the walk's 3x3 convolution reaches on maps [channels, height, width], "
-        "one in each thread, counted as the direct one.",
+        "What the walk's 3x3 convolution reaches on maps [channels, height, width], one in each thread, "
+        "counted as the direct one.",
         py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("threads"), py::arg("seconds"),
         py::arg("precision") = cpu::Precision::float32, py::call_guard<py::gil_scoped_release>());
 }

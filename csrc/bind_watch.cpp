@@ -315,10 +315,8 @@ void bind_watch(py::module_& m) {
            py::arg("exchange"));
   py::class_<Facts>(m, "Facts",
                     "What dictionaries are to hold: lists of a dictionary, its keys (strings) and values by "
-                    "turns, the next "
-                    "dictionary and so on. Any value will do for an Ellipsis; None in the place of a list's "
-                    "first dictionary "
-                    "stands for one that is named later.")
+                    "turns, the next dictionary and so on. Any value will do for an Ellipsis; None in the "
+                    "place of a list's first dictionary stands for one that is named later.")
       .def(py::init<const std::vector<py::list>&>(), py::arg("lists"));
   m.def(
       "unchanged", &unchanged,

@@ -12,7 +12,7 @@ extern __shared__ uint4 shared_memory[];
 
 template <class Element>
 class DeviceWarp {
-  static constexpr bool kHalf = sizeof(Element) == 2 && __is_same(Element, __half);
+  static constexpr bool kHalf = __is_same(Element, __half);
 
  public:
   using Int = int;
