@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PARALLEL := --numprocesses=logical --dist=worksteal
 SETUP := $(VENV)/.set-up
 NATIVE := CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+# What Python compiles stays, or each of the many processes that tests start would compile PyTorch again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test sanitize sanitize-address sanitize-thread test-oldest test-vision lint format bench clean
 
@@ -26,11 +28,12 @@ sanitize-address: build/address/_core.so
 	$(call under,asan) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 $(call pytest,$<) $(PARALLEL) \
 	  $(CORE_TESTS) tests/execution/test_kept.py tests/execution/test_plan_files.py \
 	  -k "not (compile or opcheck or cuda_kernels or exit_with or bad_sample or nan_flows or changes_no_bit or \
-	    batch_splits or carries_nothing_over or the_plan_follows or (cuda_walk and bfloat16) or v2-float32)"
+	    batch_splits or carries_nothing_over or the_plan_follows or (cuda_walk and bfloat16) or v2-float32 or no-strips)"
 
 sanitize-thread: build/thread/_core.so
 	$(call under,tsan) TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 $(call pytest,$<) \
-	  $(CORE_TESTS) tests/execution/test_walk.py -k "(thread or every_place or (cuda_walk and forced_paths and 5)) and not v2-float32"
+	  $(CORE_TESTS) tests/execution/test_walk.py -k "(thread or every_place or (cuda_walk and forced_paths and 5)) \
+	    and not ($(SHORTER) or no-strips)"
 
 # With addresses that are not random, where the system lets it: the shadow memory of GCC 12 needs them on new kernels.
 under = $(FIXED_ADDRESSES) env LD_PRELOAD="$(call library,$1) $(call library,stdc++)"
@@ -41,6 +44,7 @@ FIXED_ADDRESSES = $(shell setarch --addr-no-randomize true 2>/dev/null && echo s
 
 # What this processor cannot run needs no build.
 AVX512 = $(shell grep -qs avx512bw /proc/cpuinfo && echo ON || echo OFF)
+SHORTER = v2-float32$(if $(filter ON,$(AVX512)), or avx2-float32)
 build/address/_core.so: SANITIZERS := address,undefined,float-cast-overflow
 build/thread/_core.so: SANITIZERS := thread
 build/%/_core.so: $(SETUP) $(NATIVE)
