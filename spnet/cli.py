@@ -63,9 +63,11 @@ def _load(folder: str) -> spnet.SPNet:
         return spnet.load_model(path)
     if path.exists():
         raise FileNotFoundError(f"model: {folder} is no model folder, as there is no {CONFIG} in it")
-    if folder not in bundled_networks():
-        known = ", ".join(bundled_networks())
-        raise FileNotFoundError(f"model: {folder} is neither a folder nor a bundled network; there is {known}")
+    bundled = bundled_networks()
+    if folder not in bundled:
+        raise FileNotFoundError(
+            f"model: {folder} is neither a folder nor a bundled network; there is {', '.join(bundled)}"
+        )
     return spnet.load_pretrained(folder)
 
 

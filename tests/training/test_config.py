@@ -75,6 +75,13 @@ def test_values_out_of_range(bad):
         TrainConfig(**bad)
 
 
+def test_unknown_choices_name_those_that_there_are():
+    with pytest.raises(ValueError, match="^pairing: expected 'final' or 'equal', got 'last'$"):
+        TrainConfig(pairing="last")
+    with pytest.raises(ValueError, match="^evolution: expected 'within' or 'across', got 'between'$"):
+        TrainConfig(evolution="between")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
