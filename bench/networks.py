@@ -12,7 +12,7 @@ from spnet.routing import routed_blocks
 def create(name: str) -> spnet.SPNet:
     """A network with the statistics of its own activations, so that many blocks neither explode nor vanish."""
     torch.manual_seed(0)
-    model = _seresnet50d() if name == "seresnet50d" else spnet.create_model(name)
+    model = _VARIANTS[name]() if name in _VARIANTS else spnet.create_model(name)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
             m.momentum = 1.0
@@ -38,8 +38,23 @@ def _seresnet50d() -> spnet.SPNet:
     return model
 
 
-def _conv_bn(cin: int, cout: int, stride: int = 1, kernel: int = 3) -> tuple[nn.Module, nn.Module]:
-    return nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(cout)
+def _resnext50() -> spnet.SPNet:
+    """ResNeXt-50 (32x4d): Xie et al., "Aggregated Residual Transformations", CVPR 2017."""
+    model = spnet.create_model("resnet50")
+    for block in routed_blocks(model).values():
+        reduce, middle, expand = (layer for layer in block.body if isinstance(layer, nn.Conv2d))
+        width = 2 * middle.in_channels
+        layers = [*_conv_bn(reduce.in_channels, width, kernel=1), nn.ReLU()]
+        layers += [*_conv_bn(width, width, middle.stride[0], groups=32), nn.ReLU()]
+        block.body = nn.Sequential(*layers, *_conv_bn(width, expand.out_channels, kernel=1))
+    return model
+
+
+_VARIANTS = {"seresnet50d": _seresnet50d, "resnext50": _resnext50}
+
+
+def _conv_bn(cin: int, cout: int, stride: int = 1, kernel: int = 3, groups: int = 1) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(cout)
 
 
 class _SqueezeExcitation(nn.Module):

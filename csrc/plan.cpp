@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -34,7 +35,7 @@ class Floats {
   }
 
   void place(PlanConv& conv) {
-    conv.weight = take(conv.cout * conv.cin * conv.kernel * conv.kernel);
+    conv.weight = take(conv.cout * conv.cin / conv.groups * conv.kernel * conv.kernel);
     conv.bias = take(conv.cout);
     PlanSqueeze& squeeze = conv.squeeze;
     if (squeeze.width == 0) return;
@@ -74,12 +75,13 @@ int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding) 
 }
 
 PlanConv make_conv(int64_t cin, int64_t cout, int64_t kernel, int64_t stride, int64_t height, int64_t width,
-                   Floats& floats, int64_t squeeze = 0) {
+                   Floats& floats, int64_t groups = 1, int64_t squeeze = 0) {
   PlanConv conv{};
   conv.cin = cin;
   conv.cout = cout;
   conv.kernel = kernel;
   conv.stride = stride;
+  conv.groups = groups;
   conv.out_height = out_size(height, kernel, stride, kernel / 2);
   conv.out_width = out_size(width, kernel, stride, kernel / 2);
   conv.squeeze.width = squeeze;
@@ -99,9 +101,12 @@ PlanConv read_conv(const std::string& name, Ints& ints, Floats& floats, int64_t 
   }
   require_range(name + "stride", row[3], 1, max_stride);
   require_equal(name + "padding", row[4], row[2] / 2, ", all that walk computes");
-  require_equal(name + "groups", row[5], 1, ", all that walk computes");
+  require_range(name + "groups", row[5], 1, std::min(row[0], row[1]));
+  for (int64_t channels : {row[0], row[1]}) {
+    if (channels % row[5] != 0) fail(name + "groups", "a divisor of " + std::to_string(channels), row[5]);
+  }
   require_range(name + "squeeze", row[6], 0, kMaxWidth);
-  return make_conv(row[0], row[1], row[2], row[3], height, width, floats, row[6]);
+  return make_conv(row[0], row[1], row[2], row[3], height, width, floats, row[5], row[6]);
 }
 
 PlanBlock read_block(Ints& ints, int64_t index, int64_t channels, int64_t height, int64_t width,
@@ -169,6 +174,7 @@ std::vector<PlanConv> read_stem(const int64_t* header, Ints& ints, Floats& float
     if (conv.kernel == 7) {
       require_range("in_channels", conv.cin, 1, kMaxImageChannels);
       require_equal(name + "stride", conv.stride, 2, ", all that walk computes with a kernel of 7");
+      require_equal(name + "groups", conv.groups, 1, ", all that walk computes with a kernel of 7");
     }
     require_equal(name + "squeeze", conv.squeeze.width, 0, ", all that walk computes in a stem");
     channels = conv.cout;
@@ -239,6 +245,7 @@ void require_cifar_form(const Plan& plan) {
   require_equal("stem: n_convolutions", plan.stem.size(), 1);
   require_equal("stem: convolution 0: kernel", plan.stem[0].kernel, 3);
   require_equal("stem: convolution 0: stride", plan.stem[0].stride, 1);
+  require_equal("stem: convolution 0: groups", plan.stem[0].groups, 1);
   for (size_t i = 0; i < plan.blocks.size(); ++i) {
     const std::string name = "block " + std::to_string(i) + ": ";
     const std::vector<PlanConv>& body = plan.blocks[i].body;
@@ -247,6 +254,7 @@ void require_cifar_form(const Plan& plan) {
     for (size_t j = 0; j < body.size(); ++j) {
       const std::string convolution = name + "convolution " + std::to_string(j) + ": ";
       require_equal(convolution + "kernel", body[j].kernel, 3);
+      require_equal(convolution + "groups", body[j].groups, 1);
       require_equal(convolution + "squeeze", body[j].squeeze.width, 0);
     }
     require_equal(name + "convolution 1: stride", body[1].stride, 1);

@@ -32,7 +32,7 @@
 //
 // The structs below are what a walker runs of this: a stem that begins with 3x3, or with 7x7 of stride 2 on 4
 // channels at most, without squeeze-and-excitation; bodies of two or three convolutions; 1x1 and 3x3, padding
-// (kernel - 1) / 2, strides 1 and 2, no groups.
+// (kernel - 1) / 2, strides 1 and 2.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +49,7 @@ struct PlanSqueeze {
 };
 
 struct PlanConv {
-  int64_t cin, cout, kernel, stride;
+  int64_t cin, cout, kernel, stride, groups;
   int64_t weight, bias;
   int64_t out_height, out_width;
   PlanSqueeze squeeze;
@@ -94,7 +94,7 @@ Plan read_plan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t
 
 // Throws as read_plan does where a plan is more than the CIFAR form with basic blocks: a stem of one 3x3
 // convolution of stride 1 without pooling, maps up to 64x64, bodies of two 3x3 convolutions with the stride
-// on the first, no pooled shortcuts, no squeeze-and-excitation.
+// on the first, no groups, no pooled shortcuts, no squeeze-and-excitation.
 void require_cifar_form(const Plan& plan);
 
 }  // namespace spnet

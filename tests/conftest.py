@@ -72,11 +72,11 @@ class SqueezeExcitation(nn.Module):
         return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
 
-VARIANTS = ("deep stem", "averages", "squeeze")
+VARIANTS = ("deep stem", "averages", "groups", "squeeze")
 
 
 def vary(model: spnet.models.SPNet, variants: Collection[str]) -> spnet.models.SPNet:
-    """What ResNet-D, SE-ResNet and RegNetY have beyond a ResNet; of VARIANTS, in place."""
+    """What ResNet-D, ResNeXt, SE-ResNet and RegNetY have beyond a ResNet; of VARIANTS, in place."""
     if "deep stem" in variants:
         first, pool = model.features.stem[:3], model.features.stem[3:]
         channels = first[0].out_channels
@@ -88,6 +88,12 @@ def vary(model: spnet.models.SPNet, variants: Collection[str]) -> spnet.models.S
         if "averages" in variants and channels[0] != channels[1]:
             pool = nn.AvgPool2d(math.prod(layer.stride[0] for layer in convolutions), ceil_mode=True)
             block.shortcut = nn.Sequential(pool, nn.Conv2d(*channels, 1), nn.BatchNorm2d(channels[1]))
+        if "groups" in variants:
+            for place, layer in enumerate(block.body):
+                if isinstance(layer, nn.Conv2d):
+                    sizes = layer.in_channels, layer.out_channels
+                    groups = math.gcd(*sizes, (2, 8, 64)[number % 3])
+                    block.body[place] = nn.Conv2d(*sizes, layer.kernel_size, layer.stride, layer.padding, groups=groups)
         if "squeeze" in variants:
             place = (3, len(block.body))[number % 2]
             block.body.insert(place, SqueezeExcitation(convolutions[-(number % 2)].out_channels))

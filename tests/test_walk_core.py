@@ -27,13 +27,14 @@ class Block:
     router_width: int = 16
     kernels: tuple[int, ...] = (3, 3)
     strided: int = 0  # the convolution that has the stride
+    groups: tuple[int, ...] = (1, 1, 1)
     squeezes: tuple[int, ...] = (0, 0, 0)
 
-    def convolutions(self) -> list[tuple[int, int, int, int, int]]:
-        """cin, cout, kernel, stride and squeeze of each."""
+    def convolutions(self) -> list[tuple[int, int, int, int, int, int]]:
+        """cin, cout, kernel, stride, groups and squeeze of each."""
         widths = [self.cin] + [self.mid] * (len(self.kernels) - 1) + [self.cout]
         strides = [self.stride if i == self.strided else 1 for i in range(len(self.kernels))]
-        return list(zip(widths[:-1], widths[1:], self.kernels, strides, self.squeezes, strict=False))
+        return list(zip(widths[:-1], widths[1:], self.kernels, strides, self.groups, self.squeezes, strict=False))
 
 
 @dataclass
@@ -48,8 +49,10 @@ class Network:
     seed: int = 0
     stem_kernel: int = 3
     stem_stride: int = 1
+    stem_groups: int = 1
     pool: tuple[int, int, int] = (0, 0, 0)
-    deeper: tuple[tuple[int, int, int], ...] = ()  # cout, kernel and stride of more convolutions of the stem
+    # cout, kernel, stride and groups of more convolutions of the stem
+    deeper: tuple[tuple[int, int, int, int], ...] = ()
     weights: list[Tensor] = field(init=False)
 
     def __post_init__(self):
@@ -58,18 +61,19 @@ class Network:
         def normal(*shape, scale=1.0):
             return torch.randn(*shape, generator=g) * scale
 
-        def conv(cin, cout, k=3):
+        def conv(cin, cout, k=3, groups=1):
+            cin //= groups
             return [normal(cout, cin, k, k, scale=(cin * k * k) ** -0.5), normal(cout, scale=0.1)]
 
         def linear(cin, cout):
             return [normal(cout, cin, scale=cin**-0.5), normal(cout, scale=0.1)]
 
         self.weights = []
-        for cin, cout, kernel, _ in self.stem_convolutions():
-            self.weights += conv(cin, cout, kernel)
+        for cin, cout, kernel, _, groups in self.stem_convolutions():
+            self.weights += conv(cin, cout, kernel, groups)
         for b in self.blocks:
-            for cin, cout, kernel, _, squeeze in b.convolutions():
-                self.weights += conv(cin, cout, kernel)
+            for cin, cout, kernel, _, groups, squeeze in b.convolutions():
+                self.weights += conv(cin, cout, kernel, groups)
                 if squeeze:
                     self.weights += linear(cout, squeeze) + linear(squeeze, cout)
             if b.shortcut in (PROJECTION, POOLED):
@@ -79,19 +83,19 @@ class Network:
         channels = self.blocks[-1].cout if self.blocks else self.stem_convolutions()[-1][1]
         self.weights += linear(channels, self.classes)
 
-    def stem_convolutions(self) -> list[tuple[int, int, int, int]]:
-        """cin, cout, kernel and stride of each."""
-        stem = (self.stem, self.stem_kernel, self.stem_stride), *self.deeper
+    def stem_convolutions(self) -> list[tuple[int, int, int, int, int]]:
+        """cin, cout, kernel, stride and groups of each."""
+        stem = (self.stem, self.stem_kernel, self.stem_stride, self.stem_groups), *self.deeper
         return [(cin, *conv) for cin, conv in zip((self.in_channels, *(conv[0] for conv in stem)), stem, strict=False)]
 
     def tables(self) -> tuple[Tensor, Tensor]:
         table = [3, self.in_channels, *self.size, self.classes, len(self.blocks), *self.pool, 1 + len(self.deeper)]
-        for cin, cout, kernel, stride in self.stem_convolutions():
-            table += [cin, cout, kernel, stride, kernel // 2, 1, 0]
+        for cin, cout, kernel, stride, groups in self.stem_convolutions():
+            table += [cin, cout, kernel, stride, kernel // 2, groups, 0]
         for b in self.blocks:
             table += [len(b.kernels), b.shortcut, b.stride, b.pad_before, b.router_width]
-            for cin, cout, kernel, stride, squeeze in b.convolutions():
-                table += [cin, cout, kernel, stride, kernel // 2, 1, squeeze]
+            for cin, cout, kernel, stride, groups, squeeze in b.convolutions():
+                table += [cin, cout, kernel, stride, kernel // 2, groups, squeeze]
         return torch.tensor(table), torch.cat([w.flatten() for w in self.weights])
 
     def input(self, batch: int) -> Tensor:
@@ -101,15 +105,15 @@ class Network:
         """Logits [B, classes] along given paths [B, L], and the routers' margins [B, L] met on the way."""
         w = iter([w.to(dtype) for w in self.weights])
         x = x.to(dtype)
-        for _, _, kernel, stride in self.stem_convolutions():
-            x = F.relu(F.conv2d(x, next(w), next(w), stride=stride, padding=kernel // 2))
+        for _, _, kernel, stride, groups in self.stem_convolutions():
+            x = F.relu(F.conv2d(x, next(w), next(w), stride=stride, padding=kernel // 2, groups=groups))
         if self.pool[0]:
             x = F.max_pool2d(x, *self.pool)
         margins = []
         for i, b in enumerate(self.blocks):
             body = x
-            for number, (_, _, kernel, stride, squeeze) in enumerate(b.convolutions(), 1):
-                body = F.conv2d(body, next(w), next(w), stride=stride, padding=kernel // 2)
+            for number, (_, _, kernel, stride, groups, squeeze) in enumerate(b.convolutions(), 1):
+                body = F.conv2d(body, next(w), next(w), stride=stride, padding=kernel // 2, groups=groups)
                 body = F.relu(body) if number < len(b.kernels) else body
                 if squeeze:
                     hidden = F.relu(F.linear(body.mean((2, 3)), next(w), next(w)))
@@ -208,9 +212,9 @@ NETWORKS = {
         [Block(20, 6, 20, kernels=(1, 3, 1)), Block(20, 9, 17, 2, POOLED)],
         stem_stride=2,
         pool=(3, 2, 1),
-        deeper=((24, 3, 1), (7, 1, 1), (20, 3, 2)),
+        deeper=((24, 3, 1, 1), (7, 1, 1, 1), (20, 3, 2, 1)),
     ),
-    "deepest-stem": Network(2, (30, 31), 8, [Block(40, 4, 40)], stem_kernel=7, stem_stride=2, deeper=((40, 3, 2),)),
+    "deepest-stem": Network(2, (30, 31), 8, [Block(40, 4, 40)], stem_kernel=7, stem_stride=2, deeper=((40, 3, 2, 1),)),
     "averages": Network(
         3,
         (15, 13),
@@ -240,6 +244,25 @@ NETWORKS = {
         (26, 25),
         256,
         [Block(256, 64, 256, kernels=(1, 3, 1)), Block(256, 64, 320, 1, PROJECTION, kernels=(1, 3, 1))],
+    ),
+    # Of widths below a vector, beside and beyond whole ones, of one channel; unequal numbers of inputs and outputs.
+    "groups": Network(
+        1,
+        (19, 18),
+        32,
+        [
+            Block(32, 48, 32, kernels=(1, 3, 1), groups=(1, 2, 1)),
+            Block(32, 64, 40, 1, PROJECTION, kernels=(1, 3, 1), groups=(4, 16, 8)),
+            Block(40, 72, 40, kernels=(1, 3, 1), groups=(8, 3, 1), squeezes=(0, 5, 0)),
+            Block(40, 40, 56, 2, PROJECTION, kernels=(3, 3), groups=(40, 8)),
+            Block(56, 112, 30, 2, PROJECTION, kernels=(1, 3, 1), groups=(1, 2, 2), strided=1),
+            Block(30, 45, 75, 2, PAD, 7, groups=(15, 5)),
+            Block(75, 50, 75, groups=(25, 25)),
+        ],
+        deeper=((36, 3, 2, 4), (33, 1, 1, 3), (32, 3, 1, 1)),
+    ),
+    "heavy-groups": Network(
+        1, (9, 8), 1024, [Block(1024, 512, 1024, 1, PROJECTION, kernels=(1, 3, 1), groups=(1, 8, 1))]
     ),
     # That fit a strip into the cache but may not go by strips: a row would be written before the next one's taps are
     # read, or a mean taken before all rows are there.
@@ -546,7 +569,7 @@ def test_refuses_a_header(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("cin", 2), ("cout", 0), ("cout", -1), ("cout", 4097), ("kernel", 5), ("stride", 0), ("stride", 3)]
-    + [("padding", 0), ("groups", 3), ("squeeze", 1), ("squeeze", -1)],
+    + [("padding", 0), ("groups", 0), ("groups", 3), ("squeeze", 1), ("squeeze", -1)],
 )
 def test_refuses_a_stem(name, value):
     assert_refused(len(HEADER) + CONVOLUTION.index(name), value, f"stem: convolution 0: {name}")
@@ -565,7 +588,11 @@ def test_refuses_a_stem(name, value):
         (0, "convolution 0: cout", 1 << 62),
         (0, "convolution 0: kernel", 7),
         (0, "convolution 0: padding", 0),
-        (0, "convolution 0: groups", 2),
+        (0, "convolution 0: groups", 0),
+        (0, "convolution 0: groups", 4),
+        (0, "convolution 1: groups", 3),
+        (1, "convolution 1: groups", -1),
+        (1, "convolution 1: groups", 1 << 60),
         (0, "convolution 0: squeeze", -1),
         (0, "convolution 1: squeeze", 4097),
         (0, "convolution 1: cin", 5),
@@ -614,6 +641,10 @@ def test_refuses_a_shortcut(blocks, message):
         (
             dict(stem_stride=1),
             "stem: convolution 0: stride: expected 2, all that walk computes with a kernel of 7, got 1",
+        ),
+        (
+            dict(in_channels=4, stem_groups=2),
+            "stem: convolution 0: groups: expected 1, all that walk computes with a kernel of 7, got 2",
         ),
         (dict(size=(3, 9), pool=(3, 2, 0)), "the map to pool: expected 3 to 1024, got 2"),
         (dict(pool=(2, 3, 0)), "pool_stride: expected 1 to 2, got 3"),

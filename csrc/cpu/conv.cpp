@@ -10,7 +10,7 @@ namespace {
 
 // Accumulators are registers: pixels of a tile times vectors of output channels, beside the weights of three
 // taps and one broadcast pixel.
-constexpr int kGroup = 2;
+constexpr int kBundle = 2;
 #if defined(__AVX512F__)
 constexpr int kMaxPixels[] = {16, 8};  // of 32 registers; [vectors - 1]
 constexpr int kMaxPixelsOfOneTap =
@@ -31,10 +31,11 @@ constexpr int max_pixels(int vectors, int64_t kernel) {
 // in each cycle could not feed two multiply-adds otherwise. Every pixel is summed in the same order wherever
 // the tile begins, and the row's sums are taken pixel by pixel, so that no result depends on the tiling.
 template <int kPixels, int kVectors, int kStride, int kKernel, int kRows = 1>
-void conv_tile(const Conv& conv, const Element* in, const float* weight, const float* bias, Element* out,
-               float* sums, bool first) {
+void conv_tile(const Conv& conv, const Bundle& bundle, const Element* in, Element* out, float* sums,
+               bool first) {
   static_assert(kRows == 1 || kKernel == 1);
   constexpr int kInLanes = kKernel == 7 ? kImageLanes : kLanes;
+  const float *weight = bundle.weight, *bias = conv.bias + bundle.vector * kLanes;
   Vec acc[kRows][kPixels][kVectors];
 #pragma GCC unroll 2
   for (int r = 0; r < kRows; ++r) {
@@ -44,7 +45,7 @@ void conv_tile(const Conv& conv, const Element* in, const float* weight, const f
       for (int v = 0; v < kVectors; ++v) acc[r][p][v] = load(bias + v * kLanes);
     }
   }
-  for (int64_t left = conv.cin; left > 0; left -= kInLanes, in += conv.in.plane) {
+  for (int64_t left = bundle.channels; left > 0; left -= kInLanes, in += conv.in.plane) {
     const int64_t channels = left < kInLanes ? left : kInLanes;
     for (int ky = 0; ky < kKernel; ++ky) {
       const Element* word = in + ky * conv.in.row;
@@ -130,31 +131,28 @@ const ConvTile* two_rows(const Conv& conv, int64_t vectors) {
 }
 
 void run(const Conv& conv, const Part& part) {
-  const int64_t words = (conv.cin + kWordChannels - 1) / kWordChannels;
-  const int64_t group_weights = words * conv.kernel * conv.kernel * kGroup * kLanes;
-  for (int64_t group = part.first_group; group < part.last_group; ++group) {
-    const int64_t vector = group * kGroup;
-    const int64_t vectors = conv.vectors - vector < kGroup ? conv.vectors - vector : kGroup;
+  for (int64_t number = part.first_bundle; number < part.last_bundle; ++number) {
+    const Bundle& bundle = conv.bundles[number];
+    const int64_t vector = bundle.vector, vectors = bundle.vectors;
     const ConvTile* tile =
         vectors == 1 ? tiles<1>(conv.stride, conv.kernel) : tiles<2>(conv.stride, conv.kernel);
     const ConvTile* pair = two_rows(conv, vectors);
     const int64_t most = max_pixels(vectors, conv.kernel);
     const int64_t count = (conv.width + most - 1) / most;
     const int64_t pixels = conv.width / count, longer = conv.width % count;
-    const float* weight = static_cast<const float*>(conv.weight) + group * group_weights;
-    const float* bias = conv.bias + vector * kLanes;
     for (int64_t y = part.first_row, rows; y < part.last_row; y += rows) {
-      const Element* in = static_cast<const Element*>(conv.in.data) + y * conv.stride * conv.in.row;
+      const Element* in = static_cast<const Element*>(conv.in.data) + y * conv.stride * conv.in.row +
+                          bundle.plane * conv.in.plane;
       Element* out = static_cast<Element*>(conv.out.data) + y * conv.out.row + vector * conv.out.plane;
       float* sums = conv.row_sums == nullptr ? nullptr : conv.row_sums + (y * conv.vectors + vector) * kLanes;
       rows = pair != nullptr && y + 1 < part.last_row ? 2 : 1;
       if (rows == 2) {
-        pair[conv.width - 1](conv, in, weight, bias, out, sums, true);
+        pair[conv.width - 1](conv, bundle, in, out, sums, true);
         continue;
       }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = pixels + (i < longer);
-        tile[n - 1](conv, in, weight, bias, out, sums, i == 0);
+        tile[n - 1](conv, bundle, in, out, sums, i == 0);
         in += n * conv.stride * conv.in.lanes;
         out += n * kLanes;
       }
@@ -164,6 +162,6 @@ void run(const Conv& conv, const Part& part) {
 
 }  // namespace
 
-const ConvFunctions conv_functions = {kLanes, kLanes, kGroup, kWordChannels, false, 1, nullptr, run};
+const ConvFunctions conv_functions = {kLanes, kLanes, kBundle, kWordChannels, false, 1, nullptr, run};
 
 }  // namespace spnet::cpu::SPNET_LEVEL

@@ -31,17 +31,25 @@ struct MapView {
   int64_t row, plane, lanes;  // to the next row, to the next plane, channels of a plane
 };
 
+// Vectors of output channels that are computed together, and what they read: the channels of their groups,
+// with weights of zero where an output does not read what another one does. So where the outputs of one group
+// are no numbers, those of its neighbours may be none either.
+struct Bundle {
+  int64_t vector, vectors;  // the first one; how many
+  int64_t plane, channels;  // of the input: the first plane, and how many channels from its first on
+  const float* weight;      // [planes][kernel][words of the lanes][kernel][outputs];
+                            // for ConvFunctions::tiles [planes][kernel][words: pixels, lanes][kTileOutputs]
+                            // with zeros to whole kTileWords;
+                            // by Winograd [places][channels][outputs], transformed
+};
+
 // out = conv(in) + bias, with a residual, ReLU and sums over every row as asked.
 struct Conv {
-  MapView in;   // data: the pixel under the kernel's first tap at output (0, 0)
-  MapView out;  // data: output (0, 0)
-  const void*
-      weight;  // [group][planes][kernel][words of the lanes][kernel][outputs of the group];
-               // for ConvFunctions::tiles [group][planes][kernel][words: pixels, lanes][kTileOutputs] with
-               // zeros to whole kTileWords;
-               // by Winograd [group][places][channels][outputs of the group], transformed
+  MapView in;             // data: the pixel under the kernel's first tap at output (0, 0)
+  MapView out;            // data: output (0, 0)
+  const Bundle* bundles;  // of all output channels
   const float* bias;      // [vectors * kLanes]
-  int64_t cin, kernel;    // channels; 1, 3, or 7 with a stride of 2
+  int64_t kernel;         // 1, 3, or 7 with a stride of 2
   int64_t stride;         // 1 or 2
   int64_t height, width;  // of the output
   int64_t cout, vectors;  // output channels, and registers of them, which fill the planes of the output
@@ -51,21 +59,22 @@ struct Conv {
   float* scratch;   // of the calling thread, as large as ConvFunctions::scratch says
 };
 
-// Some rows of the output, of some groups of output channels.
+// Some rows of the output, of some bundles of its channels.
 struct Part {
-  int64_t first_group, last_group, first_row, last_row;
+  int64_t first_bundle, last_bundle, first_row, last_row;
 };
 
 struct ConvFunctions {
   int vector;         // output channels of a register
   int lanes;          // of maps with more channels than a register takes; of others as many as it does
-  int group;          // vectors of output channels that are computed together
+  int bundle;         // vectors of a bundle, at most
   int word_channels;  // 1: maps and weights are float32; 2: they are bfloat16, weights in pairs of channels
   bool tiles;         // matrix registers, which read all lanes and whole pairs of pixels
   int side;           // 1: direct; else by Winograd's tiles of so many rows, 3x3 of stride 1 alone (see
                       // winograd.h): a part that does not begin with a tile computes its other rows as well
 
-  int64_t (*scratch)(int64_t cin);  // floats; null: none
+  // Floats for bundles that read so many channels at most; null: none.
+  int64_t (*scratch)(int64_t channels);
   // Any division into parts gives the same bits.
   void (*run)(const Conv& conv, const Part& part);
 

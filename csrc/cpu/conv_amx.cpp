@@ -90,8 +90,8 @@ struct Taps {
   int64_t numbers;
   int64_t step;  // bytes to the next row of a tile
 
-  Taps(const Conv& conv, int64_t together)
-      : planes((conv.cin + conv.in.lanes - 1) / conv.in.lanes),
+  Taps(const Conv& conv, const Bundle& bundle, int64_t together)
+      : planes((bundle.channels + conv.in.lanes - 1) / conv.in.lanes),
         kernel(conv.kernel),
         plane(conv.in.plane),
         row(conv.in.row),
@@ -108,15 +108,15 @@ struct Taps {
 template <bool kResidual, bool kRowSums>
 class Finish {
  public:
-  Finish(const Conv& conv, const Tiling& tiling, int64_t group, int64_t begin, int64_t end)
+  Finish(const Conv& conv, const Tiling& tiling, int64_t vector, int64_t begin, int64_t end)
       : conv_(conv),
         tiling_(tiling),
         to_(static_cast<char*>(conv.out.data) +
-            (group * conv.out.plane + begin * conv.out.row) * sizeof(Element)),
+            (vector * kLanes / conv.out.lanes * conv.out.plane + begin * conv.out.row) * sizeof(Element)),
         rows_left_(end - begin),
-        row_sum_(kRowSums ? conv.row_sums + begin * conv.vectors * kLanes + group * kTileOutputs : nullptr),
+        row_sum_(kRowSums ? conv.row_sums + (begin * conv.vectors + vector) * kLanes : nullptr),
         least_(_mm512_set1_ps(conv.relu ? 0.f : -__builtin_inff())) {
-    const float* const bias = conv.bias + group * kTileOutputs;
+    const float* const bias = conv.bias + vector * kLanes;
     bias_[0] = load(bias);
     bias_[1] = load(bias + (tiling.together > 1 ? 0 : kLanes));
     alignas(64) uint16_t upper[2][kTileOutputs];
@@ -249,14 +249,14 @@ SPNET_INLINE void multiply(const Taps& taps, const Element* const in[], const ch
   }
 }
 
-// Rows [begin, end) of a group of output channels.
+// Rows [begin, end) of a bundle.
 template <bool kResidual, bool kRowSums>
-void run_rows(const Conv& conv, const Tiling& tiling, int64_t group, int64_t begin, int64_t end) {
-  const Taps taps(conv, tiling.together);
-  const char* weight = static_cast<const char*>(conv.weight) + group * taps.chunks() * kStepBytes;
+void run_rows(const Conv& conv, const Bundle& bundle, const Tiling& tiling, int64_t begin, int64_t end) {
+  const Taps taps(conv, bundle, tiling.together);
+  const char* weight = reinterpret_cast<const char*>(bundle.weight);
   const int64_t pitch = tiling.pitch, rows = tiling.rows;
   const int64_t share = (2 * rows + taps.chunks() - 1) / taps.chunks();
-  Finish<kResidual, kRowSums> finish(conv, tiling, group, begin, end);
+  Finish<kResidual, kRowSums> finish(conv, tiling, bundle.vector, begin, end);
   alignas(64) float sums[2][2 * 2 * kTile * kLanes];
   int64_t first = begin * pitch;
   int64_t tiles = ((end - 1) * pitch + tiling.width - first + rows - 1) / rows;
@@ -264,7 +264,7 @@ void run_rows(const Conv& conv, const Tiling& tiling, int64_t group, int64_t beg
     n = tiles > 1 ? 2 : 1;
     const Element* in[2];
     for (int64_t i = 0; i < n; ++i, first += rows) {
-      in[i] = static_cast<const Element*>(conv.in.data) +
+      in[i] = static_cast<const Element*>(conv.in.data) + bundle.plane * conv.in.plane +
               (first / pitch * conv.in.row + first % pitch * tiling.together * conv.in.lanes) * conv.stride;
     }
     float* const to = sums[turn % 2];
@@ -283,8 +283,9 @@ void run(const Conv& conv, const Part& part) {
   const Registers registers(tiling.rows);
   constexpr decltype(&run_rows<false, false>) kRun[2][2] = {{run_rows<false, false>, run_rows<false, true>},
                                                             {run_rows<true, false>, run_rows<true, true>}};
-  for (int64_t group = part.first_group; group < part.last_group; ++group) {
-    kRun[conv.residual][conv.row_sums != nullptr](conv, tiling, group, part.first_row, part.last_row);
+  for (int64_t number = part.first_bundle; number < part.last_bundle; ++number) {
+    kRun[conv.residual][conv.row_sums != nullptr](conv, conv.bundles[number], tiling, part.first_row,
+                                                  part.last_row);
   }
 }
 

@@ -55,8 +55,31 @@ int64_t winograd_tiles(const PlanConv& conv, int side) {
   return (conv.out_height + side - 1) / side * ((conv.out_width + side - 1) / side);
 }
 
-int64_t winograd_bytes(const PlanConv& conv, int side) {
-  return winograd_places(side) * conv.cin * conv.cout * sizeof(float);
+int64_t in_lanes(const ConvFunctions& functions, const PlanConv& conv) {
+  return conv.kernel == 7 ? kImageLanes : functions.lanes_of(conv.cin);
+}
+
+// Bundles of so many vectors, but for the last one.
+std::vector<Bundle> cut(const ConvFunctions& functions, const PlanConv& conv, int64_t most) {
+  const int64_t inputs = conv.cin / conv.groups, outputs = conv.cout / conv.groups;
+  const int64_t all = functions.padded(conv.cout) / functions.vector;
+  std::vector<Bundle> bundles;
+  for (int64_t vector = 0; vector < all; vector += most) {
+    const int64_t vectors = std::min(most, all - vector);
+    const int64_t begin = vector * functions.vector;
+    const int64_t end = std::min(begin + vectors * functions.vector, conv.cout);
+    const int64_t lanes = in_lanes(functions, conv), plane = begin / outputs * inputs / lanes;
+    const int64_t channels = ((end - 1) / outputs + 1) * inputs - plane * lanes;
+    bundles.push_back({vector, vectors, plane, channels, nullptr});
+  }
+  return bundles;
+}
+
+// Of a pixel under one tap.
+int64_t count_products(const ConvFunctions& functions, const std::vector<Bundle>& bundles) {
+  int64_t products = 0;
+  for (const Bundle& bundle : bundles) products += bundle.vectors * functions.vector * bundle.channels;
+  return products;
 }
 
 // One side of a kernel, of three numbers, at the points of winograd.h.
@@ -92,16 +115,27 @@ AlignedFloats::AlignedFloats(int64_t size) {
   std::memset(data_.get(), 0, bytes);
 }
 
-const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv) {
+std::vector<Bundle> make_bundles(const ConvFunctions& functions, const PlanConv& conv) {
+  std::vector<Bundle> widest = cut(functions, conv, functions.bundle);
+  if (functions.tiles || conv.groups == 1) return widest;
+  std::vector<Bundle> single = cut(functions, conv, 1);
+  return count_products(functions, single) < count_products(functions, widest) ? single : widest;
+}
+
+const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv,
+                                 const std::vector<Bundle>& bundles) {
   const int64_t tiles = winograd_tiles(conv, 2), large_tiles = winograd_tiles(conv, 4);
+  const auto bytes = [products = count_products(kernels.conv, bundles)](int side) {
+    return winograd_places(side) * products * static_cast<int64_t>(sizeof(float));
+  };
   const bool suits = kernels.winograd2 != nullptr && conv.kernel == 3 && conv.stride == 1 &&
-                     std::min(conv.cin, conv.cout) >= kWinogradChannels && tiles >= kWinogradTiles &&
-                     (winograd_bytes(conv, 2) <= kWeightBytes || tiles >= kWinogradTilesOfLargeWeights);
+                     std::min(bundles[0].channels, conv.cout) >= kWinogradChannels &&
+                     tiles >= kWinogradTiles &&
+                     (bytes(2) <= kWeightBytes || tiles >= kWinogradTilesOfLargeWeights);
   if (!suits) return kernels.conv;
   // Three quarters of the products at most.
   const bool saves = 4 * winograd_places(4) * large_tiles <= 3 * winograd_places(2) * tiles;
-  return saves && winograd_bytes(conv, 4) <= kLargeTileBytes * large_tiles ? *kernels.winograd4
-                                                                           : *kernels.winograd2;
+  return saves && bytes(4) <= kLargeTileBytes * large_tiles ? *kernels.winograd4 : *kernels.winograd2;
 }
 
 PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t n_floats,
@@ -154,20 +188,31 @@ PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_
 }
 
 PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
-  const ConvFunctions& functions = choose_conv(kernels, shape);
+  std::vector<Bundle> bundles = make_bundles(conv, shape);
+  const ConvFunctions& functions = choose_conv(kernels, shape, bundles);
   const int side = functions.side;
-  const float* weight = floats + shape.weight;
-  const int64_t bytes = side > 1          ? pack_winograd(weight, shape, side)
-                        : functions.tiles ? pack_tiles(weight, shape)
-                                          : pack_direct(weight, shape);
-  if (side > 1) {
-    scratch_bytes_ = std::max<int64_t>(scratch_bytes_, functions.scratch(shape.cin) * sizeof(float));
+  const auto pack_bundle = [&](const Bundle& bundle, float* to) {
+    const float* weight = floats + shape.weight;
+    return side > 1          ? pack_winograd(weight, shape, bundle, side, to)
+           : functions.tiles ? pack_tiles(weight, shape, bundle, to)
+                             : pack_direct(weight, shape, bundle, to);
+  };
+  int64_t size = 0;
+  for (const Bundle& bundle : bundles) {
+    size += pack_bundle(bundle, nullptr);
+    if (side == 1) continue;
+    scratch_bytes_ = std::max<int64_t>(scratch_bytes_, functions.scratch(bundle.channels) * sizeof(float));
   }
-  const float* packed = packed_.back().get();
+  packed_.emplace_back(size);
+  float* to = packed_.back().get();
+  for (Bundle& bundle : bundles) {
+    bundle.weight = to;
+    to += pack_bundle(bundle, to);
+  }
+  const int64_t bytes = size * sizeof(float), vectors = conv.padded(shape.cout) / conv.vector;
   const bool streams = side > 1 && bytes > kStreamedBytes * winograd_tiles(shape, side);
   const float* bias = pack_vector(floats + shape.bias, shape.cout);
-  const int64_t vectors = conv.padded(shape.cout) / conv.vector;
-  PackedConv result{&functions, packed, bias, shape, vectors, bytes, streams, {}, {}};
+  PackedConv result{&functions, std::move(bundles), bias, shape, vectors, bytes, streams, {}, {}};
   const PlanSqueeze& squeeze = shape.squeeze;
   if (squeeze.width > 0) {
     result.squeeze = pack_linear(floats, squeeze.weight1, squeeze.bias1, shape.cout, squeeze.width);
@@ -176,88 +221,102 @@ PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
   return result;
 }
 
-int64_t PackedPlan::pack_winograd(const float* weight, const PlanConv& shape, int side) {
-  const int64_t lanes = conv.vector, outputs = conv.padded(shape.cout), reach = side + 2;
-  const int64_t n_places = winograd_places(side);
-  packed_.emplace_back(n_places * outputs * shape.cin);
-  float* const packed = packed_.back().get();
-  for (int64_t o = 0; o < shape.cout; ++o) {
-    const int64_t first = o / (conv.group * lanes) * conv.group * lanes;
-    const int64_t n = std::min(conv.group * lanes, outputs - first);
-    float* const to = packed + n_places * first * shape.cin + o - first;
-    for (int64_t c = 0; c < shape.cin; ++c, weight += 9) {
-      // In double precision, so that the result is rounded once.
-      double columns[6][3], places[winograd_places(4)];
-      for (int x = 0; x < 3; ++x) {
-        const double column[] = {weight[x], weight[3 + x], weight[6 + x]};
-        transform_kernel(side, column, &columns[0][x], 3);
-      }
-      for (int64_t y = 0; y < reach; ++y) transform_kernel(side, columns[y], places + reach * y, 1);
-      for (int64_t i = 0; i < n_places; ++i) to[(i * shape.cin + c) * n] = static_cast<float>(places[i]);
+template <class OfChannel>
+void PackedPlan::each_kernel(const float* weight, const PlanConv& shape, const Bundle& bundle,
+                             const OfChannel& of_channel) const {
+  const int64_t inputs = shape.cin / shape.groups, outputs = shape.cout / shape.groups;
+  const int64_t begin = bundle.vector * conv.vector;
+  const int64_t end = std::min(begin + bundle.vectors * conv.vector, shape.cout);
+  std::vector<int64_t> first;
+  for (int64_t o = begin; o < end; ++o) {
+    first.push_back(o / outputs * inputs - bundle.plane * in_lanes(conv, shape));
+  }
+  for (int64_t channel = 0; channel < bundle.channels; ++channel) {
+    const auto put = of_channel(channel);
+    for (int64_t o = begin; o < end; ++o) {
+      const int64_t c = channel - first[o - begin];
+      if (c < 0 || c >= inputs) continue;
+      put(o - begin, weight + (o * inputs + c) * shape.kernel * shape.kernel);
     }
   }
-  return n_places * outputs * shape.cin * sizeof(float);
 }
 
-int64_t PackedPlan::pack_direct(const float* weight, const PlanConv& shape) {
-  const int64_t cout = shape.cout, cin = shape.cin, kernel = shape.kernel, taps = kernel * kernel;
-  const int64_t lanes = kernel == 7 ? kImageLanes : conv.lanes, step = conv.word_channels;
-  const int64_t outputs = conv.padded(cout), group = conv.group * conv.vector;
-  packed_.emplace_back(outputs * ((cin + step - 1) / step) * taps);
-  float* to = packed_.back().get();
-  for (int64_t first = 0; first < outputs; first += group) {
-    const int64_t n = std::min(group, outputs - first);
-    for (int64_t block = 0; block < cin; block += lanes) {
-      for (int64_t ky = 0; ky < kernel; ++ky) {
-        for (int64_t c = block; c < std::min(block + lanes, cin); c += step) {
-          for (int64_t kx = 0; kx < kernel; ++kx, to += n) {
-            for (int64_t lane = 0; lane < std::min(n, cout - first); ++lane) {
-              const float* channels = weight + ((first + lane) * cin + c) * taps + ky * kernel + kx;
-              pack_word(channels, taps, cin - c, to + lane);
+int64_t PackedPlan::pack_winograd(const float* weight, const PlanConv& shape, const Bundle& bundle, int side,
+                                  float* to) const {
+  const int64_t n = bundle.vectors * conv.vector, channels = bundle.channels;
+  const int64_t n_places = winograd_places(side), reach = side + 2;
+  if (to != nullptr) {
+    each_kernel(weight, shape, bundle, [&](int64_t channel) {
+      return [=, place = to + channel * n](int64_t output, const float* kernel) {
+        // In double precision, so that the result is rounded once.
+        double columns[6][3], places[winograd_places(4)];
+        for (int x = 0; x < 3; ++x) {
+          const double column[] = {kernel[x], kernel[3 + x], kernel[6 + x]};
+          transform_kernel(side, column, &columns[0][x], 3);
+        }
+        for (int64_t y = 0; y < reach; ++y) transform_kernel(side, columns[y], places + reach * y, 1);
+        for (int64_t i = 0; i < n_places; ++i) {
+          place[i * channels * n + output] = static_cast<float>(places[i]);
+        }
+      };
+    });
+  }
+  return n_places * channels * n;
+}
+
+int64_t PackedPlan::pack_direct(const float* weight, const PlanConv& shape, const Bundle& bundle,
+                                float* to) const {
+  const int64_t n = bundle.vectors * conv.vector, side = shape.kernel, taps = side * side;
+  const int64_t lanes = in_lanes(conv, shape), step = conv.word_channels;
+  const auto words = [&](int64_t channels) { return (channels + step - 1) / step; };
+  if (to != nullptr) {
+    each_kernel(weight, shape, bundle, [&](int64_t channel) {
+      const int64_t first = channel / lanes * lanes;  // of the plane
+      const int64_t row = words(std::min(lanes, bundle.channels - first)) * side * n;
+      float* const place = to + words(first) * taps * n + (channel - first) / step * side * n;
+      return [=](int64_t output, const float* kernel) {
+        for (int64_t ky = 0; ky < side; ++ky) {
+          for (int64_t kx = 0; kx < side; ++kx) {
+            pack_number(*kernel++, channel, place + ky * row + kx * n + output);
+          }
+        }
+      };
+    });
+  }
+  return words(bundle.channels) * taps * n;
+}
+
+int64_t PackedPlan::pack_tiles(const float* weight, const PlanConv& shape, const Bundle& bundle,
+                               float* to) const {
+  const int64_t lanes = in_lanes(conv, shape), words = lanes / conv.word_channels, side = shape.kernel;
+  const int64_t out_lanes = conv.lanes_of(shape.cout), together = kTileOutputs / out_lanes;  // pixels
+  const int64_t row = round_up((side + (together - 1) * shape.stride) * words, kTileWords) * kTileOutputs;
+  if (to != nullptr) {
+    each_kernel(weight, shape, bundle, [&](int64_t channel) {
+      const int64_t word = channel % lanes / conv.word_channels;
+      float* const plane = to + channel / lanes * side * row;
+      return [=, stride = shape.stride](int64_t output, const float* kernel) {
+        for (int64_t ky = 0; ky < side; ++ky) {
+          for (int64_t kx = 0; kx < side; ++kx, ++kernel) {
+            for (int64_t pixel = 0; pixel < together; ++pixel) {
+              float* const outputs = plane + ky * row + ((pixel * stride + kx) * words + word) * kTileOutputs;
+              pack_number(*kernel, channel, outputs + pixel * out_lanes + output);
             }
           }
         }
-      }
-    }
+      };
+    });
   }
-  return (to - packed_.back().get()) * sizeof(float);
+  return (bundle.channels + lanes - 1) / lanes * side * row;
 }
 
-int64_t PackedPlan::pack_tiles(const float* weight, const PlanConv& shape) {
-  const int64_t cout = shape.cout, cin = shape.cin, kernel = shape.kernel, taps = kernel * kernel;
-  const int64_t lanes = kernel == 7 ? kImageLanes : conv.lanes_of(cin), out_lanes = conv.lanes_of(cout);
-  const int64_t together = kTileOutputs / out_lanes;  // pixels
-  const int64_t words = lanes / conv.word_channels;
-  const int64_t rows = round_up((kernel + (together - 1) * shape.stride) * words, kTileWords);
-  packed_.emplace_back(conv.padded(cout) * together * ((cin + lanes - 1) / lanes) * kernel * rows);
-  float* to = packed_.back().get();
-  for (int64_t first = 0; first < cout; first += out_lanes) {
-    for (int64_t block = 0; block < cin; block += lanes) {
-      for (int64_t ky = 0; ky < kernel; ++ky, to += rows * kTileOutputs) {
-        for (int64_t pixel = 0; pixel < together; ++pixel) {
-          for (int64_t i = 0; i < kernel * words; ++i) {
-            const int64_t c = block + i % words * conv.word_channels;
-            if (c >= cin) continue;
-            float* const row = to + (pixel * shape.stride * words + i) * kTileOutputs + pixel * out_lanes;
-            for (int64_t lane = 0; lane < std::min(out_lanes, cout - first); ++lane) {
-              const float* channels = weight + ((first + lane) * cin + c) * taps + ky * kernel + i / words;
-              pack_word(channels, taps, cin - c, row + lane);
-            }
-          }
-        }
-      }
-    }
-  }
-  return (to - packed_.back().get()) * sizeof(float);
-}
-
-void PackedPlan::pack_word(const float* channels, int64_t step, int64_t left, float* to) const {
+void PackedPlan::pack_number(float value, int64_t channel, float* word) const {
   if (precision == Precision::float32) {
-    *to = *channels;
+    *word = value;
     return;
   }
-  const uint16_t pair[] = {to_bfloat16(*channels), left > 1 ? to_bfloat16(channels[step]) : uint16_t{0}};
-  std::memcpy(to, pair, sizeof(pair));
+  const uint16_t half = to_bfloat16(value);
+  std::memcpy(reinterpret_cast<char*>(word) + channel % 2 * sizeof(half), &half, sizeof(half));
 }
 
 const float* PackedPlan::pack_vector(const float* values, int64_t n) {

@@ -30,14 +30,18 @@ class AlignedFloats {
 // The fastest of them. Winograd's ways are not with few channels, which would not pay for the
 // transformations, nor on maps that tiles do not cover well, nor where weights come from memory for a few
 // tiles.
-const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv);
+const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv,
+                                 const std::vector<Bundle>& bundles);
+
+// How a convolution's outputs are computed, without weights.
+std::vector<Bundle> make_bundles(const ConvFunctions& functions, const PlanConv& conv);
 
 // Of one thread at once.
 constexpr int64_t kMostSamples = 8;
 
 struct PackedConv {
   const ConvFunctions* functions;
-  const void* weight;
+  std::vector<Bundle> bundles;
   const float* bias;
   PlanConv shape;
   int64_t vectors, bytes;  // of output channels; of the weights
@@ -57,7 +61,7 @@ struct PackedBlock {
   const float* router_weight2;
   float router_bias2;
 
-  // The pixels of a projection, one of four, are read again for every group of outputs: of heavy blocks from
+  // The pixels of a projection, one of four, are read again for every bundle of outputs: of heavy blocks from
   // a map of their own, as means are.
   bool gathers() const { return averages() || (is_heavy && shape.stride > 1); }
   // The averages lie where a body that goes strip by strip has its own maps, so they come before it.
@@ -121,11 +125,18 @@ class PackedPlan {
   int64_t map_bytes(int64_t channels, int64_t height, int64_t width) const;
   const float* pack_vector(const float* values, int64_t n);
   PackedConv pack(const float* floats, const PlanConv& conv);
-  int64_t pack_direct(const float* weight, const PlanConv& conv);
-  int64_t pack_tiles(const float* weight, const PlanConv& conv);
-  int64_t pack_winograd(const float* weight, const PlanConv& conv, int side);
-  // The word of one output; `step` to the next channel, of which `left` follow.
-  void pack_word(const float* channels, int64_t step, int64_t left, float* to) const;
+  // Their floats; written to `to`, which holds zeros, if it is not null.
+  int64_t pack_direct(const float* weight, const PlanConv& conv, const Bundle& bundle, float* to) const;
+  int64_t pack_tiles(const float* weight, const PlanConv& conv, const Bundle& bundle, float* to) const;
+  int64_t pack_winograd(const float* weight, const PlanConv& conv, const Bundle& bundle, int side,
+                        float* to) const;
+  // For every channel calls what of_channel(channel) returns with (output, weights [kernel, kernel]) of all
+  // outputs that read it, both counted from the bundle's first.
+  template <class OfChannel>
+  void each_kernel(const float* weight, const PlanConv& conv, const Bundle& bundle,
+                   const OfChannel& of_channel) const;
+  // In a word that holds a channel and perhaps its neighbour.
+  void pack_number(float value, int64_t channel, float* word) const;
   Linear pack_linear(const float* floats, int64_t weight, int64_t bias, int64_t inputs, int64_t outputs);
   PackedBlock pack(const float* floats, const PlanBlock& block, int64_t height, int64_t width);
   void measure();

@@ -57,16 +57,22 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
   PlanConv shape{};
   shape.cin = shape.cout = channels;
   shape.kernel = 3;
-  shape.stride = 1;
+  shape.stride = shape.groups = 1;
   shape.out_height = height;
   shape.out_width = width;
   const Kernels set = kernels(precision);
-  const ConvFunctions& functions = choose_conv(set, shape);
+  std::vector<Bundle> bundles = make_bundles(set.conv, shape);
+  const ConvFunctions& functions = choose_conv(set, shape, bundles);
   const int64_t lanes = functions.lanes_of(channels), row = functions.row(width + 2, lanes);
   const int64_t plane = (height + 2) * row;
   // As many as any kernel reads of zeros.
   const int64_t most = (channels + kTileOutputs - 1) / kTileOutputs * kTileOutputs;
   const AlignedFloats weight(most * most * winograd_places(4)), bias(most);
+  const float* next_weight = weight.get();
+  for (Bundle& bundle : bundles) {
+    bundle.weight = next_weight;
+    next_weight += winograd_places(4) * most * bundle.vectors * functions.vector;
+  }
   std::deque<AlignedFloats> maps, scratch;
   for (int i = 0; i < 2 * threads; ++i)
     maps.emplace_back(functions.map(channels, height, width) / functions.word_channels);
@@ -79,9 +85,8 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
     Conv conv{};
     conv.in = {maps[i].get(), row, plane, lanes};
     conv.out = {out, row, plane, lanes};
-    conv.weight = weight.get();
+    conv.bundles = bundles.data();
     conv.bias = bias.get();
-    conv.cin = channels;
     conv.kernel = 3;
     conv.stride = 1;
     conv.height = height;
@@ -90,8 +95,8 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
     conv.vectors = functions.padded(channels) / functions.vector;
     conv.residual = conv.relu = true;
     conv.scratch = scratch[i / 2].get();
-    return [conv, &functions] {
-      functions.run(conv, {0, (conv.vectors + functions.group - 1) / functions.group, 0, conv.height});
+    return [conv, &functions, &bundles] {
+      functions.run(conv, {0, static_cast<int64_t>(bundles.size()), 0, conv.height});
     };
   });
 }

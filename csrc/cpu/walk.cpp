@@ -107,22 +107,22 @@ thread_local float* own_scratch = nullptr;
 struct ConvPhase {
   Conv conv;            // of the first sample
   const Place* places;  // of all samples where they are several
-  int64_t samples, groups, first_row, last_row;
+  int64_t samples, bundles, first_row, last_row;
   int64_t step;  // rows that are computed together
   void (*run)(const Conv& conv, const Part& part);
-  // The smaller of weights and maps stays in cache while the other streams by: all samples for a group of
+  // The smaller of weights and maps stays in cache while the other streams by: all samples for a bundle of
   // output channels, or all output channels for a row.
-  bool by_group;
+  bool by_bundle;
 
   int64_t steps() const { return (last_row - first_row + step - 1) / step; }
-  int64_t units() const { return (by_group ? groups : 1) * samples * steps(); }
+  int64_t units() const { return (by_bundle ? bundles : 1) * samples * steps(); }
 
   void operator()(int64_t begin, int64_t end) const {
     Conv work = conv;
     work.scratch = own_scratch;
     const int64_t most = steps();
     for (int64_t n; begin < end; begin += n) {
-      const int64_t first = begin % most, sample = begin / most % samples, group = begin / most / samples;
+      const int64_t first = begin % most, sample = begin / most % samples, bundle = begin / most / samples;
       n = std::min(end - begin, most - first);
       if (samples > 1) {
         work.in.data = places[sample].in;
@@ -130,7 +130,7 @@ struct ConvPhase {
         work.relu = places[sample].relu;
         work.row_sums = places[sample].row_sums;
       }
-      run(work, {by_group ? group : 0, by_group ? group + 1 : groups, first_row + first * step,
+      run(work, {by_bundle ? bundle : 0, by_bundle ? bundle + 1 : bundles, first_row + first * step,
                  std::min(first_row + (first + n) * step, last_row)});
     }
   }
@@ -299,9 +299,8 @@ class Walk {
     Conv& work = phase.conv;
     work.in = view(first.in, conv.shape.kernel / 2);
     work.out = view(first.out, 0);
-    work.weight = conv.weight;
+    work.bundles = conv.bundles.data();
     work.bias = conv.bias;
-    work.cin = conv.shape.cin;
     work.kernel = conv.shape.kernel;
     work.stride = conv.shape.stride;
     work.height = first.out.height;
@@ -315,13 +314,13 @@ class Walk {
     phase.samples = n;
     phase.first_row = begin;
     phase.last_row = end;
-    phase.groups = (conv.vectors + conv.functions->group - 1) / conv.functions->group;
+    phase.bundles = conv.bundles.size();
     phase.step = conv.functions->side;
     phase.run = conv.functions->run;
-    // Winograd's transformation of the inputs is work that only the groups of one part share.
-    phase.by_group = conv.functions->side > 1
-                         ? crew_.parts() > n * phase.steps() || (conv.streams && n > 1)
-                         : conv.bytes > n * first.in.planes * plane(first.in) * plan_.element_bytes();
+    // Winograd's transformation of the inputs is work that only the bundles of one part share.
+    phase.by_bundle = conv.functions->side > 1
+                          ? crew_.parts() > n * phase.steps() || (conv.streams && n > 1)
+                          : conv.bytes > n * first.in.planes * plane(first.in) * plan_.element_bytes();
     share(phase.units(), phase);
   }
 

@@ -8,7 +8,7 @@
 namespace spnet::cpu::SPNET_LEVEL {
 namespace {
 
-constexpr int kGroup = 2;
+constexpr int kBundle = 2;
 // Between the numbers of one place and of the next, so that those of a tile do not compete for cache lines.
 constexpr int64_t kGap = 16;
 
@@ -23,7 +23,7 @@ constexpr int kMaxTiles[] = {8, 5};  // of 16 registers, with products that need
 #endif
 
 // Tiles whose products are computed together: few, to stay in cache; more where weights come from farther.
-int64_t most_tiles(int64_t cin) { return cin < 128 ? 16 : 32; }
+int64_t most_tiles(int64_t channels) { return channels < 128 ? 16 : 32; }
 
 // Of a tile of kSide x kSide outputs: what it reads, and its places, along one side.
 template <int kSide>
@@ -118,12 +118,12 @@ constexpr auto kMultiplies =
 template <int kSide>
 struct Chunk {
   int64_t first, count, in_row;  // tiles of a whole row
-  int64_t planes;
-  float *in, *products;  // [places][planes][tiles][lanes], [places][tiles][outputs of the group]
+  int64_t plane, channels;       // of the input: the first plane, channels from there on
+  float *in, *products;          // [places][planes][tiles][lanes], [places][tiles][outputs of a bundle]
 
   int64_t y(int64_t i) const { return (first + i) / in_row * kSide; }
   int64_t x(int64_t i) const { return (first + i) % in_row * kSide; }
-  int64_t in_place() const { return planes * count * kLanes + kGap; }
+  int64_t in_place() const { return (channels + kLanes - 1) / kLanes * count * kLanes + kGap; }
   int64_t products_place(int64_t vectors) const { return count * vectors * kLanes + kGap; }
 };
 
@@ -168,9 +168,9 @@ void transform_all_in(const Conv& conv, const Chunk<kSide>& chunk) {
   for (int64_t i = 0, n; i < chunk.count; i += n) {
     const int64_t y = chunk.y(i), x = chunk.x(i), in_row = chunk.in_row - x / kSide;
     n = in_row < chunk.count - i ? in_row : chunk.count - i;
-    const float* in = static_cast<const float*>(conv.in.data);
+    const float* in = static_cast<const float*>(conv.in.data) + chunk.plane * conv.in.plane;
     float* out = chunk.in + i * kLanes;
-    for (int64_t c = 0; c < conv.cin; c += kLanes, in += conv.in.plane, out += chunk.count * kLanes) {
+    for (int64_t c = 0; c < chunk.channels; c += kLanes, in += conv.in.plane, out += chunk.count * kLanes) {
       const float* rows[kReach<kSide>];
       for (int64_t j = 0; j < kReach<kSide>; ++j) {
         // The last row is one of zeros, as are those behind it.
@@ -182,17 +182,17 @@ void transform_all_in(const Conv& conv, const Chunk<kSide>& chunk) {
 }
 
 template <int kSide>
-void multiply_all(const Conv& conv, const Chunk<kSide>& chunk, int64_t vectors, const float* weight) {
+void multiply_all(const Chunk<kSide>& chunk, int64_t vectors, const float* weight) {
   const Multiply* const multiplies = vectors == 1 ? kMultiplies<1>.of_tiles : kMultiplies<2>.of_tiles;
   const int64_t most = kMaxTiles[vectors - 1], turns = (chunk.count + most - 1) / most;
-  for (int place = 0; place < winograd_places(kSide); ++place, weight += conv.cin * vectors * kLanes) {
+  for (int place = 0; place < winograd_places(kSide); ++place, weight += chunk.channels * vectors * kLanes) {
     const float* in = chunk.in + place * chunk.in_place();
     float* out = chunk.products + place * chunk.products_place(vectors);
     for (int64_t left = turns, tiles = chunk.count, n; left > 0; --left, tiles -= n) {
       n = (tiles + left - 1) / left;
       // The next place's, of which each turn takes a part.
-      const float* ahead = weight + (vectors + (turns - left) % vectors) * conv.cin * kLanes;
-      multiplies[n - 1](in, chunk.count * kLanes, conv.cin, weight, ahead, out);
+      const float* ahead = weight + (vectors + (turns - left) % vectors) * chunk.channels * kLanes;
+      multiplies[n - 1](in, chunk.count * kLanes, chunk.channels, weight, ahead, out);
       in += n * kLanes;
       out += n * vectors * kLanes;
     }
@@ -257,31 +257,29 @@ void transform_all_out(const Conv& conv, const Chunk<kSide>& chunk, int64_t vect
 }
 
 template <int kSide>
-int64_t scratch(int64_t cin) {
-  const int64_t channels = (cin + kLanes - 1) / kLanes * kLanes;
-  return winograd_places(kSide) * (most_tiles(cin) * (channels + kGroup * kLanes) + 2 * kGap);
+int64_t scratch(int64_t channels) {
+  const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes;
+  return winograd_places(kSide) * (most_tiles(channels) * (padded + kBundle * kLanes) + 2 * kGap);
 }
 
+// Bundles [begin, end), which read the same channels.
 template <int kSide>
-void run(const Conv& conv, const Part& part) {
+void run_bundles(const Conv& conv, const Part& part, const Bundle* begin, const Bundle* end) {
   Chunk<kSide> chunk{};
   chunk.in_row = (conv.width + kSide - 1) / kSide;
-  chunk.planes = (conv.cin + kLanes - 1) / kLanes;
+  chunk.plane = begin->plane;
+  chunk.channels = begin->channels;
   chunk.in = conv.scratch;
   chunk.first = part.first_row / kSide * chunk.in_row;
   int64_t left = (part.last_row + kSide - 1) / kSide * chunk.in_row - chunk.first;
-  const int64_t most = most_tiles(conv.cin);
+  const int64_t most = most_tiles(chunk.channels);
   for (int64_t turns = (left + most - 1) / most; turns > 0; --turns) {
     chunk.count = (left + turns - 1) / turns;
     chunk.products = chunk.in + winograd_places(kSide) * chunk.in_place();
     transform_all_in(conv, chunk);
-    for (int64_t group = part.first_group; group < part.last_group; ++group) {
-      const int64_t vector = group * kGroup;
-      const int64_t vectors = conv.vectors - vector < kGroup ? conv.vectors - vector : kGroup;
-      const float* weight =
-          static_cast<const float*>(conv.weight) + vector * kLanes * winograd_places(kSide) * conv.cin;
-      multiply_all(conv, chunk, vectors, weight);
-      transform_all_out(conv, chunk, vector, vectors, part);
+    for (const Bundle* bundle = begin; bundle < end; ++bundle) {
+      multiply_all(chunk, bundle->vectors, bundle->weight);
+      transform_all_out(conv, chunk, bundle->vector, bundle->vectors, part);
     }
     chunk.first += chunk.count;
     left -= chunk.count;
@@ -289,8 +287,18 @@ void run(const Conv& conv, const Part& part) {
 }
 
 template <int kSide>
+void run(const Conv& conv, const Part& part) {
+  const Bundle* const last = conv.bundles + part.last_bundle;
+  for (const Bundle *begin = conv.bundles + part.first_bundle, *end; begin < last; begin = end) {
+    for (end = begin + 1; end < last && end->plane == begin->plane && end->channels == begin->channels;)
+      ++end;
+    run_bundles<kSide>(conv, part, begin, end);
+  }
+}
+
+template <int kSide>
 constexpr ConvFunctions functions() {
-  return {kLanes, kLanes, kGroup, kWordChannels, false, kSide, scratch<kSide>, run<kSide>};
+  return {kLanes, kLanes, kBundle, kWordChannels, false, kSide, scratch<kSide>, run<kSide>};
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ class _Walk:
 
 
 class Walk(_Walk):
-    """Networks of basic and bottleneck blocks on the CPU: 1x1 and 3x3 convolutions of one group, a stem of 3x3 or 7x7.
+    """Networks of basic and bottleneck blocks on the CPU: 1x1 and 3x3 convolutions, a stem of 3x3 or 7x7.
 
     Args:
         network: the shapes.

@@ -23,15 +23,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = st.sampled_from(DTYPES[1:])
 
 
-def _group(model: nn.Module, groups: int) -> None:
-    """Give every convolution in the middle of a body groups."""
-    for block in routed_blocks(model).values():
-        for i, conv in enumerate(block.body):
-            if isinstance(conv, nn.Conv2d) and conv.in_channels % groups == 0 and conv.out_channels % groups == 0:
-                sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding
-                block.body[i] = nn.Conv2d(*sizes, groups=groups, bias=False)
-
-
 @st.composite
 def networks(draw, num_classes=(1, 2, 10)) -> nn.Module:
     """Networks of both forms and their variants with awkward widths, sizes and depths."""
@@ -49,7 +40,6 @@ def networks(draw, num_classes=(1, 2, 10)) -> nn.Module:
         shortcut=draw(st.sampled_from(["pad", "projection"])),
         router_width=draw(st.sampled_from([16, 128])),
     )
-    _group(model, draw(st.sampled_from([1, 1, 2, 8])))
     return settle(vary(model, draw(st.sets(st.sampled_from(VARIANTS)))))
 
 

@@ -281,12 +281,12 @@ def agrees(model: nn.Module, x: Tensor, **options) -> None:
         (Mean, "walk"),
         (Fused, "walk"),
         (Named, "batch"),
-        (lambda: Functional(4), "batch"),
+        (lambda: Functional(4), "walk"),
         (Variant, "walk"),
         (lambda: Variant(SqueezeExcitation), "walk"),
         (lambda: Variant(Functions), "walk"),
         (lambda: Variant(Linear), "walk"),
-        (lambda: Variant(InPlace, groups=3), "batch"),
+        (lambda: Variant(InPlace, groups=3), "walk"),
     ],
 )
 def test_networks_of_others(make, impl, size, tmp_path):

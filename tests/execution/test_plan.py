@@ -268,12 +268,6 @@ def _five_by_five():
     return model
 
 
-def _grouped():
-    model = _small()
-    model.features.stage1[0].body[0] = nn.Conv2d(6, 6, 3, padding=1, groups=2, bias=False)
-    return model
-
-
 def _squeezed_stem():
     model = _small()
     model.features.stem.append(SqueezeExcitation(6))
@@ -287,7 +281,6 @@ def _squeezed_stem():
         (lambda: _small(in_channels=513), "in_channels: expected 1 to 512, got 513"),
         (lambda: _small(in_channels=5, imagenet=True), "in_channels: expected 1 to 4, got 5"),
         (_five_by_five, "block 0: convolution 0: kernel: expected 1 or 3, all that walk computes, got 5"),
-        (_grouped, "block 0: convolution 0: groups: expected 1, all that walk computes, got 2"),
         (_squeezed_stem, "stem: convolution 0: squeeze: expected 0, all that walk computes in a stem, got 3"),
     ],
 )
