@@ -1,6 +1,5 @@
 #include "plan.h"
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -101,10 +100,9 @@ PlanConv read_conv(const std::string& name, Ints& ints, Floats& floats, int64_t 
   }
   require_range(name + "stride", row[3], 1, max_stride);
   require_equal(name + "padding", row[4], row[2] / 2, ", all that walk computes");
-  require_range(name + "groups", row[5], 1, std::min(row[0], row[1]));
-  for (int64_t channels : {row[0], row[1]}) {
-    if (channels % row[5] != 0) fail(name + "groups", "a divisor of " + std::to_string(channels), row[5]);
-  }
+  require_range(name + "groups", row[5], 1, row[0]);
+  if (row[0] % row[5] != 0 || row[1] % row[5] != 0)
+    fail(name + "groups", "a divisor of cin and cout", row[5]);
   require_range(name + "squeeze", row[6], 0, kMaxWidth);
   return make_conv(row[0], row[1], row[2], row[3], height, width, floats, row[5], row[6]);
 }

@@ -30,9 +30,9 @@
 //           router W1 [width, cin], b1 [width], w2 [width], b2 [1]
 //   head    weight [classes, channels], bias [classes]
 //
-// The structs below are what a walker runs of this: a stem that begins with 3x3, or with 7x7 of stride 2 on 4
-// channels at most, without squeeze-and-excitation; bodies of two or three convolutions; 1x1 and 3x3, padding
-// (kernel - 1) / 2, strides 1 and 2.
+// The structs below are what a walker runs of this: a stem that begins with 3x3, or with 7x7 of stride 2 and
+// one group on 4 channels at most, without squeeze-and-excitation; bodies of two or three convolutions; 1x1
+// and 3x3, padding (kernel - 1) / 2, strides 1 and 2.
 #pragma once
 
 #include <cstdint>

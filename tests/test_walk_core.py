@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -261,6 +261,11 @@ NETWORKS = {
         ],
         deeper=((36, 3, 2, 4), (33, 1, 1, 3), (32, 3, 1, 1)),
     ),
+    # On maps of at most 16 channels; and reading unequal numbers of them, by Winograd's tiles.
+    "narrow-groups": Network(
+        6, (7, 6), 12, [Block(12, 8, 40, 2, PROJECTION, kernels=(1, 3), groups=(4, 8))], stem_groups=3
+    ),
+    "unequal-groups": Network(1, (8, 8), 32, [Block(32, 80, 48, 1, PROJECTION, kernels=(1, 3), groups=(1, 2))]),
     "heavy-groups": Network(
         1, (9, 8), 1024, [Block(1024, 512, 1024, 1, PROJECTION, kernels=(1, 3, 1), groups=(1, 8, 1))]
     ),
@@ -338,6 +343,30 @@ def path_choices(network: Network, batch: int):
     yield torch.ones(shape, dtype=torch.bool)
     yield torch.zeros(shape, dtype=torch.bool)
     yield torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.5
+
+
+def without_groups(network: Network) -> Network:
+    """The same function: zeros where an output does not read a channel."""
+    blocks = [replace(block, groups=(1, 1, 1)) for block in network.blocks]
+    dense = replace(network, blocks=blocks, stem_groups=1, deeper=tuple((*conv[:3], 1) for conv in network.deeper))
+    for weight, spread in zip(network.weights, dense.weights, strict=True):
+        groups = spread.shape[1] // weight.shape[1] if weight.dim() > 1 else 1
+        spread.zero_()
+        for group, part in enumerate(weight.chunk(groups)):
+            to = spread.chunk(groups)[group]
+            (to.chunk(groups, 1)[group] if groups > 1 else to).copy_(part)
+    return dense
+
+
+@pytest.mark.parametrize("network", [name for name in NETWORKS if "groups" in name], indirect=True)
+def test_groups_are_zeros(network, precision):
+    dense, x = without_groups(network), network.input(5)
+    paths = torch.rand(5, len(network.blocks)) < 0.7
+    logits, expected = (run(make_plan(each, precision), each, x, paths)[0] for each in (network, dense))
+    if precision == core.Precision.bfloat16:
+        assert torch.equal(logits, expected)
+    else:  # perhaps by Winograd's tiles the one, directly the other
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("batch", [0, 1, 5])
@@ -591,6 +620,7 @@ def test_refuses_a_stem(name, value):
         (0, "convolution 0: groups", 0),
         (0, "convolution 0: groups", 4),
         (0, "convolution 1: groups", 3),
+        (0, "convolution 1: groups", 4),
         (1, "convolution 1: groups", -1),
         (1, "convolution 1: groups", 1 << 60),
         (0, "convolution 0: squeeze", -1),

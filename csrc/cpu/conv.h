@@ -31,9 +31,9 @@ struct MapView {
   int64_t row, plane, lanes;  // to the next row, to the next plane, channels of a plane
 };
 
-// Vectors of output channels that are computed together, and what they read: the channels of their groups,
-// with weights of zero where an output does not read what another one does. So where the outputs of one group
-// are no numbers, those of its neighbours may be none either.
+// Vectors of output channels that are computed together, and what they read: from the first channel of a
+// plane to the last one of their groups, with weights of zero where an output does not read it. So where what
+// one group reads is infinite or no number, the outputs of others may be no numbers.
 struct Bundle {
   int64_t vector, vectors;  // the first one; how many
   int64_t plane, channels;  // of the input: the first plane, and how many channels from its first on

@@ -2,8 +2,8 @@
 // output has 16 lanes, of two neighbours; a product takes 32 numbers of it, which follow one another in
 // memory, to 32 outputs.
 //
-// Numbers that meet no tap, and lanes beyond the channels, are multiplied by zeros: where the direct
-// convolution gives infinity, an output may be NaN.
+// Numbers that meet no tap, and lanes beyond the channels or of other groups, are multiplied by zeros: where
+// the direct convolution gives infinity, an output may be NaN.
 #include <immintrin.h>
 
 #include "conv.h"

@@ -59,20 +59,32 @@ int64_t in_lanes(const ConvFunctions& functions, const PlanConv& conv) {
   return conv.kernel == 7 ? kImageLanes : functions.lanes_of(conv.cin);
 }
 
-// Bundles of so many vectors, but for the last one.
+// Bundles of so many vectors, but for the last one, and what each reads.
 std::vector<Bundle> cut(const ConvFunctions& functions, const PlanConv& conv, int64_t most) {
   const int64_t inputs = conv.cin / conv.groups, outputs = conv.cout / conv.groups;
-  const int64_t all = functions.padded(conv.cout) / functions.vector;
+  const int64_t all = functions.padded(conv.cout) / functions.vector, lanes = in_lanes(functions, conv);
   std::vector<Bundle> bundles;
   for (int64_t vector = 0; vector < all; vector += most) {
     const int64_t vectors = std::min(most, all - vector);
     const int64_t begin = vector * functions.vector;
     const int64_t end = std::min(begin + vectors * functions.vector, conv.cout);
-    const int64_t lanes = in_lanes(functions, conv), plane = begin / outputs * inputs / lanes;
+    const int64_t plane = begin / outputs * inputs / lanes;
     const int64_t channels = ((end - 1) / outputs + 1) * inputs - plane * lanes;
     bundles.push_back({vector, vectors, plane, channels, nullptr});
   }
   return bundles;
+}
+
+// Words of so many channels.
+int64_t words_of(const ConvFunctions& functions, int64_t channels) {
+  return (channels + functions.word_channels - 1) / functions.word_channels;
+}
+
+// Floats of the weights that tiles take for a row of a kernel and one plane.
+int64_t tile_row(const ConvFunctions& functions, const PlanConv& conv) {
+  const int64_t words = words_of(functions, in_lanes(functions, conv));
+  const int64_t together = kTileOutputs / functions.lanes_of(conv.cout);  // pixels
+  return round_up((conv.kernel + (together - 1) * conv.stride) * words, kTileWords) * kTileOutputs;
 }
 
 // Of a pixel under one tap.
@@ -138,6 +150,15 @@ const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv,
   return saves && bytes(4) <= kLargeTileBytes * large_tiles ? *kernels.winograd4 : *kernels.winograd2;
 }
 
+int64_t weights_of(const ConvFunctions& functions, const PlanConv& conv, const Bundle& bundle) {
+  if (functions.tiles) {
+    const int64_t lanes = in_lanes(functions, conv);
+    return (bundle.channels + lanes - 1) / lanes * conv.kernel * tile_row(functions, conv);
+  }
+  const int64_t taps = functions.side > 1 ? winograd_places(functions.side) : conv.kernel * conv.kernel;
+  return words_of(functions, bundle.channels) * taps * bundle.vectors * functions.vector;
+}
+
 PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t n_floats,
                        Precision precision)
     : plan(read_plan(ints, n_ints, floats, n_floats)),
@@ -191,23 +212,22 @@ PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
   std::vector<Bundle> bundles = make_bundles(conv, shape);
   const ConvFunctions& functions = choose_conv(kernels, shape, bundles);
   const int side = functions.side;
-  const auto pack_bundle = [&](const Bundle& bundle, float* to) {
-    const float* weight = floats + shape.weight;
-    return side > 1          ? pack_winograd(weight, shape, bundle, side, to)
-           : functions.tiles ? pack_tiles(weight, shape, bundle, to)
-                             : pack_direct(weight, shape, bundle, to);
-  };
   int64_t size = 0;
-  for (const Bundle& bundle : bundles) {
-    size += pack_bundle(bundle, nullptr);
-    if (side == 1) continue;
-    scratch_bytes_ = std::max<int64_t>(scratch_bytes_, functions.scratch(bundle.channels) * sizeof(float));
-  }
+  for (const Bundle& bundle : bundles) size += weights_of(functions, shape, bundle);
   packed_.emplace_back(size);
   float* to = packed_.back().get();
   for (Bundle& bundle : bundles) {
+    const float* const weight = floats + shape.weight;
+    if (side > 1) {
+      pack_winograd(weight, shape, bundle, side, to);
+      scratch_bytes_ = std::max<int64_t>(scratch_bytes_, functions.scratch(bundle.channels) * sizeof(float));
+    } else if (functions.tiles) {
+      pack_tiles(weight, shape, bundle, to);
+    } else {
+      pack_direct(weight, shape, bundle, to);
+    }
     bundle.weight = to;
-    to += pack_bundle(bundle, to);
+    to += weights_of(functions, shape, bundle);
   }
   const int64_t bytes = size * sizeof(float), vectors = conv.padded(shape.cout) / conv.vector;
   const bool streams = side > 1 && bytes > kStreamedBytes * winograd_tiles(shape, side);
@@ -241,73 +261,61 @@ void PackedPlan::each_kernel(const float* weight, const PlanConv& shape, const B
   }
 }
 
-int64_t PackedPlan::pack_winograd(const float* weight, const PlanConv& shape, const Bundle& bundle, int side,
-                                  float* to) const {
-  const int64_t n = bundle.vectors * conv.vector, channels = bundle.channels;
-  const int64_t n_places = winograd_places(side), reach = side + 2;
-  if (to != nullptr) {
-    each_kernel(weight, shape, bundle, [&](int64_t channel) {
-      return [=, place = to + channel * n](int64_t output, const float* kernel) {
-        // In double precision, so that the result is rounded once.
-        double columns[6][3], places[winograd_places(4)];
-        for (int x = 0; x < 3; ++x) {
-          const double column[] = {kernel[x], kernel[3 + x], kernel[6 + x]};
-          transform_kernel(side, column, &columns[0][x], 3);
-        }
-        for (int64_t y = 0; y < reach; ++y) transform_kernel(side, columns[y], places + reach * y, 1);
-        for (int64_t i = 0; i < n_places; ++i) {
-          place[i * channels * n + output] = static_cast<float>(places[i]);
-        }
-      };
-    });
-  }
-  return n_places * channels * n;
-}
-
-int64_t PackedPlan::pack_direct(const float* weight, const PlanConv& shape, const Bundle& bundle,
-                                float* to) const {
-  const int64_t n = bundle.vectors * conv.vector, side = shape.kernel, taps = side * side;
-  const int64_t lanes = in_lanes(conv, shape), step = conv.word_channels;
-  const auto words = [&](int64_t channels) { return (channels + step - 1) / step; };
-  if (to != nullptr) {
-    each_kernel(weight, shape, bundle, [&](int64_t channel) {
-      const int64_t first = channel / lanes * lanes;  // of the plane
-      const int64_t row = words(std::min(lanes, bundle.channels - first)) * side * n;
-      float* const place = to + words(first) * taps * n + (channel - first) / step * side * n;
-      return [=](int64_t output, const float* kernel) {
-        for (int64_t ky = 0; ky < side; ++ky) {
-          for (int64_t kx = 0; kx < side; ++kx) {
-            pack_number(*kernel++, channel, place + ky * row + kx * n + output);
-          }
-        }
-      };
-    });
-  }
-  return words(bundle.channels) * taps * n;
-}
-
-int64_t PackedPlan::pack_tiles(const float* weight, const PlanConv& shape, const Bundle& bundle,
+void PackedPlan::pack_winograd(const float* weight, const PlanConv& shape, const Bundle& bundle, int side,
                                float* to) const {
-  const int64_t lanes = in_lanes(conv, shape), words = lanes / conv.word_channels, side = shape.kernel;
-  const int64_t out_lanes = conv.lanes_of(shape.cout), together = kTileOutputs / out_lanes;  // pixels
-  const int64_t row = round_up((side + (together - 1) * shape.stride) * words, kTileWords) * kTileOutputs;
-  if (to != nullptr) {
-    each_kernel(weight, shape, bundle, [&](int64_t channel) {
-      const int64_t word = channel % lanes / conv.word_channels;
-      float* const plane = to + channel / lanes * side * row;
-      return [=, stride = shape.stride](int64_t output, const float* kernel) {
-        for (int64_t ky = 0; ky < side; ++ky) {
-          for (int64_t kx = 0; kx < side; ++kx, ++kernel) {
-            for (int64_t pixel = 0; pixel < together; ++pixel) {
-              float* const outputs = plane + ky * row + ((pixel * stride + kx) * words + word) * kTileOutputs;
-              pack_number(*kernel, channel, outputs + pixel * out_lanes + output);
-            }
+  const int64_t n = bundle.vectors * conv.vector, n_places = winograd_places(side), reach = side + 2;
+  each_kernel(weight, shape, bundle, [&](int64_t channel) {
+    return [=, step = bundle.channels * n](int64_t output, const float* kernel) {
+      // In double precision, so that the result is rounded once.
+      double columns[6][3], places[winograd_places(4)];
+      for (int x = 0; x < 3; ++x) {
+        const double column[] = {kernel[x], kernel[3 + x], kernel[6 + x]};
+        transform_kernel(side, column, &columns[0][x], 3);
+      }
+      for (int64_t y = 0; y < reach; ++y) transform_kernel(side, columns[y], places + reach * y, 1);
+      for (int64_t i = 0; i < n_places; ++i) {
+        to[i * step + channel * n + output] = static_cast<float>(places[i]);
+      }
+    };
+  });
+}
+
+void PackedPlan::pack_direct(const float* weight, const PlanConv& shape, const Bundle& bundle,
+                             float* to) const {
+  const int64_t n = bundle.vectors * conv.vector, side = shape.kernel, lanes = in_lanes(conv, shape);
+  each_kernel(weight, shape, bundle, [&](int64_t channel) {
+    const int64_t first = channel / lanes * lanes;  // of the plane
+    const int64_t row = words_of(conv, std::min(lanes, bundle.channels - first)) * side * n;
+    const int64_t word = (channel - first) / conv.word_channels;
+    float* const place = to + (words_of(conv, first) * side + word) * side * n;
+    return [=](int64_t output, const float* kernel) {
+      for (int64_t ky = 0; ky < side; ++ky) {
+        for (int64_t kx = 0; kx < side; ++kx) {
+          pack_number(*kernel++, channel, place + ky * row + kx * n + output);
+        }
+      }
+    };
+  });
+}
+
+void PackedPlan::pack_tiles(const float* weight, const PlanConv& shape, const Bundle& bundle,
+                            float* to) const {
+  const int64_t lanes = in_lanes(conv, shape), words = words_of(conv, lanes), side = shape.kernel;
+  const int64_t out_lanes = conv.lanes_of(shape.cout), row = tile_row(conv, shape);
+  each_kernel(weight, shape, bundle, [&](int64_t channel) {
+    const int64_t word = channel % lanes / conv.word_channels;
+    float* const plane = to + channel / lanes * side * row;
+    return [=, stride = shape.stride](int64_t output, const float* kernel) {
+      for (int64_t ky = 0; ky < side; ++ky) {
+        for (int64_t kx = 0; kx < side; ++kx, ++kernel) {
+          for (int64_t pixel = 0; pixel * out_lanes < kTileOutputs; ++pixel) {
+            float* const outputs = plane + ky * row + ((pixel * stride + kx) * words + word) * kTileOutputs;
+            pack_number(*kernel, channel, outputs + pixel * out_lanes + output);
           }
         }
-      };
-    });
-  }
-  return (bundle.channels + lanes - 1) / lanes * side * row;
+      }
+    };
+  });
 }
 
 void PackedPlan::pack_number(float value, int64_t channel, float* word) const {

@@ -27,14 +27,18 @@ class AlignedFloats {
   std::unique_ptr<float, Free> data_;
 };
 
+// How a convolution's outputs are computed, without weights: vector by vector where that takes fewer products
+// than larger bundles do, which read the channels of more groups.
+std::vector<Bundle> make_bundles(const ConvFunctions& functions, const PlanConv& conv);
+
 // The fastest of them. Winograd's ways are not with few channels, which would not pay for the
 // transformations, nor on maps that tiles do not cover well, nor where weights come from memory for a few
 // tiles.
 const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv,
                                  const std::vector<Bundle>& bundles);
 
-// How a convolution's outputs are computed, without weights.
-std::vector<Bundle> make_bundles(const ConvFunctions& functions, const PlanConv& conv);
+// Floats of a bundle's weights.
+int64_t weights_of(const ConvFunctions& functions, const PlanConv& conv, const Bundle& bundle);
 
 // Of one thread at once.
 constexpr int64_t kMostSamples = 8;
@@ -125,11 +129,11 @@ class PackedPlan {
   int64_t map_bytes(int64_t channels, int64_t height, int64_t width) const;
   const float* pack_vector(const float* values, int64_t n);
   PackedConv pack(const float* floats, const PlanConv& conv);
-  // Their floats; written to `to`, which holds zeros, if it is not null.
-  int64_t pack_direct(const float* weight, const PlanConv& conv, const Bundle& bundle, float* to) const;
-  int64_t pack_tiles(const float* weight, const PlanConv& conv, const Bundle& bundle, float* to) const;
-  int64_t pack_winograd(const float* weight, const PlanConv& conv, const Bundle& bundle, int side,
-                        float* to) const;
+  // To zeros.
+  void pack_direct(const float* weight, const PlanConv& conv, const Bundle& bundle, float* to) const;
+  void pack_tiles(const float* weight, const PlanConv& conv, const Bundle& bundle, float* to) const;
+  void pack_winograd(const float* weight, const PlanConv& conv, const Bundle& bundle, int side,
+                     float* to) const;
   // For every channel calls what of_channel(channel) returns with (output, weights [kernel, kernel]) of all
   // outputs that read it, both counted from the bundle's first.
   template <class OfChannel>

@@ -65,13 +65,13 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
   const ConvFunctions& functions = choose_conv(set, shape, bundles);
   const int64_t lanes = functions.lanes_of(channels), row = functions.row(width + 2, lanes);
   const int64_t plane = (height + 2) * row;
-  // As many as any kernel reads of zeros.
-  const int64_t most = (channels + kTileOutputs - 1) / kTileOutputs * kTileOutputs;
-  const AlignedFloats weight(most * most * winograd_places(4)), bias(most);
+  int64_t size = 0;
+  for (const Bundle& bundle : bundles) size += weights_of(functions, shape, bundle);
+  const AlignedFloats weight(size), bias(functions.padded(channels));
   const float* next_weight = weight.get();
   for (Bundle& bundle : bundles) {
     bundle.weight = next_weight;
-    next_weight += winograd_places(4) * most * bundle.vectors * functions.vector;
+    next_weight += weights_of(functions, shape, bundle);
   }
   std::deque<AlignedFloats> maps, scratch;
   for (int i = 0; i < 2 * threads; ++i)

@@ -182,7 +182,9 @@ void transform_all_in(const Conv& conv, const Chunk<kSide>& chunk) {
 }
 
 template <int kSide>
-void multiply_all(const Chunk<kSide>& chunk, int64_t vectors, const float* weight) {
+void multiply_all(const Chunk<kSide>& chunk, const Bundle& bundle) {
+  const int64_t vectors = bundle.vectors;
+  const float* weight = bundle.weight;
   const Multiply* const multiplies = vectors == 1 ? kMultiplies<1>.of_tiles : kMultiplies<2>.of_tiles;
   const int64_t most = kMaxTiles[vectors - 1], turns = (chunk.count + most - 1) / most;
   for (int place = 0; place < winograd_places(kSide); ++place, weight += chunk.channels * vectors * kLanes) {
@@ -218,14 +220,13 @@ void finish_row(const Conv& conv, int64_t vector, int64_t y, int64_t x, const Ve
 }
 
 template <int kSide>
-void transform_all_out(const Conv& conv, const Chunk<kSide>& chunk, int64_t vector, int64_t vectors,
-                       const Part& part) {
+void transform_all_out(const Conv& conv, const Chunk<kSide>& chunk, const Bundle& bundle, const Part& part) {
   constexpr int kIn = kReach<kSide>;
-  const int64_t place = chunk.products_place(vectors);
+  const int64_t place = chunk.products_place(bundle.vectors);
   const float* tile = chunk.products;
   int64_t y = chunk.y(0), x = chunk.x(0);
   for (int64_t i = 0; i < chunk.count; ++i) {
-    for (int64_t v = 0; v < vectors; ++v, tile += kLanes) {
+    for (int64_t v = bundle.vector; v < bundle.vector + bundle.vectors; ++v, tile += kLanes) {
       const float* from = tile;
       Vec columns[kIn][kSide];
 #pragma GCC unroll 6
@@ -235,7 +236,7 @@ void transform_all_out(const Conv& conv, const Chunk<kSide>& chunk, int64_t vect
         for (int j = 0; j < kIn; ++j) places[j] = load(from + j * kIn * place);
         transform_out<kSide>(places, columns[column]);
       }
-      const Vec bias = load(conv.bias + (vector + v) * kLanes);
+      const Vec bias = load(conv.bias + v * kLanes);
 #pragma GCC unroll 4
       for (int j = 0; j < kSide; ++j) {
         if (y + j < part.first_row || y + j >= part.last_row) continue;
@@ -245,7 +246,7 @@ void transform_all_out(const Conv& conv, const Chunk<kSide>& chunk, int64_t vect
         transform_out<kSide>(row, outputs);
 #pragma GCC unroll 4
         for (int column = 0; column < kSide; ++column) outputs[column] += bias;
-        finish_row<kSide>(conv, vector + v, y + j, x, outputs);
+        finish_row<kSide>(conv, v, y + j, x, outputs);
       }
     }
     x += kSide;
@@ -278,8 +279,8 @@ void run_bundles(const Conv& conv, const Part& part, const Bundle* begin, const 
     chunk.products = chunk.in + winograd_places(kSide) * chunk.in_place();
     transform_all_in(conv, chunk);
     for (const Bundle* bundle = begin; bundle < end; ++bundle) {
-      multiply_all(chunk, bundle->vectors, bundle->weight);
-      transform_all_out(conv, chunk, bundle->vector, bundle->vectors, part);
+      multiply_all(chunk, *bundle);
+      transform_all_out(conv, chunk, *bundle, part);
     }
     chunk.first += chunk.count;
     left -= chunk.count;

@@ -30,11 +30,11 @@ FORMS = {
     "bottleneck, 5 channels": dict(
         stage_blocks=[2, 1], widths=[8, 16], input_size=33, in_channels=5, imagenet=True, bottleneck=True
     ),
-    "grouped stem": dict(stage_blocks=[2], widths=[6], input_size=8, in_channels=2),
+    "stem of two groups": dict(stage_blocks=[2], widths=[6], input_size=8, in_channels=2),
     "stem of 1x1": dict(stage_blocks=[2], widths=[6], input_size=8, in_channels=2),
 }
 STEMS = {
-    "grouped stem": dict(kernel_size=3, padding=1, groups=2),
+    "stem of two groups": dict(kernel_size=3, padding=1, groups=2),
     "stem of 1x1": dict(kernel_size=1, stride=2),
 }
 RATES = [0.0, 0.5, 1.0]
@@ -57,7 +57,7 @@ def _network(form: str, device: torch.device) -> nn.Module:
             block.body = block.body[:2]
     if form in STEMS:
         model.features.stem[0] = nn.Conv2d(model.in_channels, 6, **STEMS[form])
-    vary(model, form)
+    vary(model, form.split(", "))
     return settle(model).to(device)
 
 
