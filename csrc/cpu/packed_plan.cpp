@@ -94,6 +94,40 @@ int64_t count_products(const ConvFunctions& functions, const std::vector<Bundle>
   return products;
 }
 
+// Of the fewest products.
+std::vector<Bundle> make_bundles(const ConvFunctions& functions, const PlanConv& conv) {
+  std::vector<Bundle> widest = cut(functions, conv, functions.bundle);
+  if (functions.tiles || conv.groups == 1) return widest;
+  std::vector<Bundle> single = cut(functions, conv, 1);
+  return count_products(functions, single) < count_products(functions, widest) ? single : widest;
+}
+
+const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv,
+                                 const std::vector<Bundle>& bundles) {
+  const int64_t tiles = winograd_tiles(conv, 2), large_tiles = winograd_tiles(conv, 4);
+  const auto bytes = [products = count_products(kernels.conv, bundles)](int side) {
+    return winograd_places(side) * products * static_cast<int64_t>(sizeof(float));
+  };
+  const bool suits = kernels.winograd2 != nullptr && conv.kernel == 3 && conv.stride == 1 &&
+                     std::min(bundles[0].channels, conv.cout) >= kWinogradChannels &&
+                     tiles >= kWinogradTiles &&
+                     (bytes(2) <= kWeightBytes || tiles >= kWinogradTilesOfLargeWeights);
+  if (!suits) return kernels.conv;
+  // Three quarters of the products at most.
+  const bool saves = 4 * winograd_places(4) * large_tiles <= 3 * winograd_places(2) * tiles;
+  return saves && bytes(4) <= kLargeTileBytes * large_tiles ? *kernels.winograd4 : *kernels.winograd2;
+}
+
+// Floats of a bundle's weights.
+int64_t weights_of(const ConvFunctions& functions, const PlanConv& conv, const Bundle& bundle) {
+  if (functions.tiles) {
+    const int64_t lanes = in_lanes(functions, conv);
+    return (bundle.channels + lanes - 1) / lanes * conv.kernel * tile_row(functions, conv);
+  }
+  const int64_t taps = functions.side > 1 ? winograd_places(functions.side) : conv.kernel * conv.kernel;
+  return words_of(functions, bundle.channels) * taps * bundle.vectors * functions.vector;
+}
+
 // One side of a kernel, of three numbers, at the points of winograd.h.
 void transform_kernel(int side, const double* kernel, double* places, int64_t step) {
   constexpr double one = 1;
@@ -127,36 +161,16 @@ AlignedFloats::AlignedFloats(int64_t size) {
   std::memset(data_.get(), 0, bytes);
 }
 
-std::vector<Bundle> make_bundles(const ConvFunctions& functions, const PlanConv& conv) {
-  std::vector<Bundle> widest = cut(functions, conv, functions.bundle);
-  if (functions.tiles || conv.groups == 1) return widest;
-  std::vector<Bundle> single = cut(functions, conv, 1);
-  return count_products(functions, single) < count_products(functions, widest) ? single : widest;
-}
-
-const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv,
-                                 const std::vector<Bundle>& bundles) {
-  const int64_t tiles = winograd_tiles(conv, 2), large_tiles = winograd_tiles(conv, 4);
-  const auto bytes = [products = count_products(kernels.conv, bundles)](int side) {
-    return winograd_places(side) * products * static_cast<int64_t>(sizeof(float));
-  };
-  const bool suits = kernels.winograd2 != nullptr && conv.kernel == 3 && conv.stride == 1 &&
-                     std::min(bundles[0].channels, conv.cout) >= kWinogradChannels &&
-                     tiles >= kWinogradTiles &&
-                     (bytes(2) <= kWeightBytes || tiles >= kWinogradTilesOfLargeWeights);
-  if (!suits) return kernels.conv;
-  // Three quarters of the products at most.
-  const bool saves = 4 * winograd_places(4) * large_tiles <= 3 * winograd_places(2) * tiles;
-  return saves && bytes(4) <= kLargeTileBytes * large_tiles ? *kernels.winograd4 : *kernels.winograd2;
-}
-
-int64_t weights_of(const ConvFunctions& functions, const PlanConv& conv, const Bundle& bundle) {
-  if (functions.tiles) {
-    const int64_t lanes = in_lanes(functions, conv);
-    return (bundle.channels + lanes - 1) / lanes * conv.kernel * tile_row(functions, conv);
-  }
-  const int64_t taps = functions.side > 1 ? winograd_places(functions.side) : conv.kernel * conv.kernel;
-  return words_of(functions, bundle.channels) * taps * bundle.vectors * functions.vector;
+ConvLayout lay_out(const Kernels& kernels, const PlanConv& conv) {
+  std::vector<Bundle> bundles = make_bundles(kernels.conv, conv);
+  const ConvFunctions& functions = choose_conv(kernels, conv, bundles);
+  const auto of = [&](const Bundle& bundle) { return weights_of(functions, conv, bundle); };
+  int64_t size = 0;
+  for (const Bundle& bundle : bundles) size += of(bundle);
+  AlignedFloats weights(size);
+  const float* next = weights.get();
+  for (Bundle& bundle : bundles) next = (bundle.weight = next) + of(bundle);
+  return {&functions, std::move(bundles), size, std::move(weights)};
 }
 
 PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t n_floats,
@@ -209,15 +223,12 @@ PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_
 }
 
 PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
-  std::vector<Bundle> bundles = make_bundles(conv, shape);
-  const ConvFunctions& functions = choose_conv(kernels, shape, bundles);
+  ConvLayout layout = lay_out(kernels, shape);
+  const ConvFunctions& functions = *layout.functions;
   const int side = functions.side;
-  int64_t size = 0;
-  for (const Bundle& bundle : bundles) size += weights_of(functions, shape, bundle);
-  packed_.emplace_back(size);
-  float* to = packed_.back().get();
-  for (Bundle& bundle : bundles) {
-    const float* const weight = floats + shape.weight;
+  const float* const weight = floats + shape.weight;
+  for (const Bundle& bundle : layout.bundles) {
+    float* const to = layout.weights.get() + (bundle.weight - layout.weights.get());
     if (side > 1) {
       pack_winograd(weight, shape, bundle, side, to);
       scratch_bytes_ = std::max<int64_t>(scratch_bytes_, functions.scratch(bundle.channels) * sizeof(float));
@@ -226,13 +237,12 @@ PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
     } else {
       pack_direct(weight, shape, bundle, to);
     }
-    bundle.weight = to;
-    to += weights_of(functions, shape, bundle);
   }
-  const int64_t bytes = size * sizeof(float), vectors = conv.padded(shape.cout) / conv.vector;
+  packed_.push_back(std::move(layout.weights));
+  const int64_t bytes = layout.size * sizeof(float), vectors = conv.padded(shape.cout) / conv.vector;
   const bool streams = side > 1 && bytes > kStreamedBytes * winograd_tiles(shape, side);
   const float* bias = pack_vector(floats + shape.bias, shape.cout);
-  PackedConv result{&functions, std::move(bundles), bias, shape, vectors, bytes, streams, {}, {}};
+  PackedConv result{&functions, std::move(layout.bundles), bias, shape, vectors, bytes, streams, {}, {}};
   const PlanSqueeze& squeeze = shape.squeeze;
   if (squeeze.width > 0) {
     result.squeeze = pack_linear(floats, squeeze.weight1, squeeze.bias1, shape.cout, squeeze.width);

@@ -27,18 +27,19 @@ class AlignedFloats {
   std::unique_ptr<float, Free> data_;
 };
 
-// How a convolution's outputs are computed, without weights: vector by vector where that takes fewer products
-// than larger bundles do, which read the channels of more groups.
-std::vector<Bundle> make_bundles(const ConvFunctions& functions, const PlanConv& conv);
+// How a convolution is computed.
+struct ConvLayout {
+  const ConvFunctions* functions;
+  std::vector<Bundle> bundles;
+  int64_t size;
+  AlignedFloats weights;  // of all bundles, `size` zeros
+};
 
-// The fastest of them. Winograd's ways are not with few channels, which would not pay for the
-// transformations, nor on maps that tiles do not cover well, nor where weights come from memory for a few
-// tiles.
-const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv,
-                                 const std::vector<Bundle>& bundles);
-
-// Floats of a bundle's weights.
-int64_t weights_of(const ConvFunctions& functions, const PlanConv& conv, const Bundle& bundle);
+// The fastest way. Winograd's ones are not with few channels, which would not pay for the transformations,
+// nor on maps that tiles do not cover well, nor where weights come from memory for a few tiles. Outputs are
+// computed vector by vector where that takes fewer products than larger bundles do, which read the channels
+// of more groups.
+ConvLayout lay_out(const Kernels& kernels, const PlanConv& conv);
 
 // Of one thread at once.
 constexpr int64_t kMostSamples = 8;

@@ -60,19 +60,11 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
   shape.stride = shape.groups = 1;
   shape.out_height = height;
   shape.out_width = width;
-  const Kernels set = kernels(precision);
-  std::vector<Bundle> bundles = make_bundles(set.conv, shape);
-  const ConvFunctions& functions = choose_conv(set, shape, bundles);
+  const ConvLayout layout = lay_out(kernels(precision), shape);
+  const ConvFunctions& functions = *layout.functions;
   const int64_t lanes = functions.lanes_of(channels), row = functions.row(width + 2, lanes);
   const int64_t plane = (height + 2) * row;
-  int64_t size = 0;
-  for (const Bundle& bundle : bundles) size += weights_of(functions, shape, bundle);
-  const AlignedFloats weight(size), bias(functions.padded(channels));
-  const float* next_weight = weight.get();
-  for (Bundle& bundle : bundles) {
-    bundle.weight = next_weight;
-    next_weight += weights_of(functions, shape, bundle);
-  }
+  const AlignedFloats bias(functions.padded(channels));
   std::deque<AlignedFloats> maps, scratch;
   for (int i = 0; i < 2 * threads; ++i)
     maps.emplace_back(functions.map(channels, height, width) / functions.word_channels);
@@ -85,7 +77,7 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
     Conv conv{};
     conv.in = {maps[i].get(), row, plane, lanes};
     conv.out = {out, row, plane, lanes};
-    conv.bundles = bundles.data();
+    conv.bundles = layout.bundles.data();
     conv.bias = bias.get();
     conv.kernel = 3;
     conv.stride = 1;
@@ -95,8 +87,8 @@ double conv_gflops(int64_t channels, int64_t height, int64_t width, int threads,
     conv.vectors = functions.padded(channels) / functions.vector;
     conv.residual = conv.relu = true;
     conv.scratch = scratch[i / 2].get();
-    return [conv, &functions, &bundles] {
-      functions.run(conv, {0, static_cast<int64_t>(bundles.size()), 0, conv.height});
+    return [conv, &functions, bundles = static_cast<int64_t>(layout.bundles.size())] {
+      functions.run(conv, {0, bundles, 0, conv.height});
     };
   });
 }
