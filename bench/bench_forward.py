@@ -25,7 +25,8 @@ from spnet.routing import routed_blocks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU_DTYPES = [torch.float32] + [torch.bfloat16] * core.has_bfloat16()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE == "cuda" else CPU_DTYPES
-BATCHES = {"resnet110_cifar": (1, 16, 128)} | dict.fromkeys(["resnet50", "seresnet50d", "resnext50"], (1, 8, 32))
+BATCHES = {"resnet110_cifar": (1, 16, 128)}
+BATCHES |= dict.fromkeys(["resnet50", "seresnet50d", "resnext50", "resnetv2_50"], (1, 8, 32))
 if DEVICE == "cuda":
     BATCHES = {"resnet110_cifar": (1, 128, 1024), "resnet50": (1, 64, 256), "resnet101": (1, 64, 256)}
 INPUTS = 2  # in rotation

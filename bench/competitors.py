@@ -17,12 +17,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import spnet
-from spnet.routing import routed_blocks
+from spnet.routing import ResidualBlock, RoutedBlock, routed_blocks
 
 Call = Callable[[], Tensor]  # () -> logits [B, classes]
 Bind = Callable[[Tensor, Tensor], Call]  # (x [B, C, H, W], paths bool [B, L]) -> a call to time
@@ -38,7 +37,7 @@ class Competitor(NamedTuple):
 
 
 class FoldedNetwork(nn.Module):
-    """A routed network of the CIFAR form as its deployers would export it: BatchNorm folded, no routers.
+    """A routed network as its deployers would export it: BatchNorm folded, no routers.
 
     Args:
         model: an SPNet in evaluation mode.
@@ -47,10 +46,8 @@ class FoldedNetwork(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32):
         super().__init__()
-        blocks = [_folded(block).to(dtype) for block in routed_blocks(model).values()]
         self.stem = _folded(model.features.stem).to(dtype)
-        self.bodies = nn.ModuleList(block.body for block in blocks)
-        self.shortcuts = nn.ModuleList(block.shortcut for block in blocks)
+        self.steps = nn.ModuleList(_step(module).to(dtype) for stage in model.stages for module in stage)
         self.head = copy.deepcopy(model.heads[-1]).to(dtype)
 
     def forward(self, x: Tensor, decisions: Tensor | None = None) -> Tensor:
@@ -59,14 +56,24 @@ class FoldedNetwork(nn.Module):
 
     def run(self, x: Tensor, *masks: Tensor) -> Tensor:
         """The same, with a mask [B, 1, 1, 1] of each block."""
-        x = self.stem(x)
-        for i, (body, shortcut) in enumerate(zip(self.bodies, self.shortcuts, strict=True)):
-            x = F.relu(shortcut(x) + (masks[i] * body(x) if masks else body(x)))
+        x, left = self.stem(x), iter(masks)
+        for step in self.steps:
+            if masks and isinstance(step, ResidualBlock):
+                x = step.activation(step.shortcut(x) + next(left) * step.body(x))
+            else:
+                x = step(x)
         return self.head(x.mean((2, 3)))
 
 
 def masks_of(decisions: Tensor) -> tuple[Tensor, ...]:
     return decisions.T[:, :, None, None, None].unbind(0)
+
+
+def _step(module: nn.Module) -> nn.Module:
+    folded = _folded(module)
+    if isinstance(folded, RoutedBlock):
+        return ResidualBlock(folded.body, folded.shortcut, folded.activation)
+    return folded
 
 
 def _folded(module: nn.Module) -> nn.Module:
@@ -184,16 +191,19 @@ def _naive(model: nn.Module, dtype: torch.dtype) -> Bind:
 
     @torch.no_grad()
     def run(x: Tensor, paths: Tensor) -> Tensor:
-        x = network.stem(x)
-        for body, shortcut, decisions in zip(network.bodies, network.shortcuts, paths.T, strict=True):
-            y = shortcut(x)
+        x, left = network.stem(x), iter(paths.T)
+        for step in network.steps:
+            if not isinstance(step, ResidualBlock):
+                x = step(x)
+                continue
+            y, decisions = step.shortcut(x), next(left)
             if len(x) == 1:
                 if decisions.item():
-                    y = y + body(x)
+                    y = y + step.body(x)
             else:
                 index = decisions.nonzero().squeeze(1)
-                y = y.index_copy(0, index, y.index_select(0, index) + body(x.index_select(0, index)))
-            x = F.relu(y)
+                y = y.index_copy(0, index, y.index_select(0, index) + step.body(x.index_select(0, index)))
+            x = step.activation(y)
         return network.head(x.mean((2, 3)))
 
     def bind(x: Tensor, paths: Tensor) -> Call:

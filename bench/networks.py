@@ -17,7 +17,7 @@ def create(name: str) -> spnet.SPNet:
         if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
             m.momentum = 1.0
     with torch.no_grad():
-        model.train()(torch.randn(16, 3, model.input_size, model.input_size))
+        model.train().features(torch.randn(16, 3, model.input_size, model.input_size))
     return model.eval()
 
 
@@ -50,7 +50,27 @@ def _resnext50() -> spnet.SPNet:
     return model
 
 
-_VARIANTS = {"seresnet50d": _seresnet50d, "resnext50": _resnext50}
+def _resnetv2_50() -> spnet.SPNet:
+    """ResNet-50 with pre-activation: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016."""
+    model = spnet.create_model("resnet50")
+    model.features.stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3), nn.MaxPool2d(3, 2, 1))
+    channels = 64
+    for stage in model.stages:
+        for block in list(stage):
+            convolutions = [layer for layer in block.body if isinstance(layer, nn.Conv2d)]
+            layers: list[nn.Module] = [] if stage[0] is block else [nn.BatchNorm2d(channels), nn.ReLU()]
+            for layer in convolutions[:-1]:
+                layers += [layer, nn.BatchNorm2d(layer.out_channels), nn.ReLU()]
+            block.body, block.activation = nn.Sequential(*layers, convolutions[-1]), nn.Identity()
+            if stage[0] is block:  # both branches of it begin with them
+                block.shortcut = block.shortcut[0]
+                before, channels = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()), convolutions[-1].out_channels
+        stage.insert(0, before)
+    model.stages[-1].append(nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()))
+    return model
+
+
+_VARIANTS = {"seresnet50d": _seresnet50d, "resnext50": _resnext50, "resnetv2_50": _resnetv2_50}
 
 
 def _conv_bn(cin: int, cout: int, stride: int = 1, kernel: int = 3, groups: int = 1) -> tuple[nn.Module, nn.Module]:

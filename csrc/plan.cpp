@@ -6,11 +6,11 @@
 namespace spnet {
 namespace {
 
-constexpr int64_t kFormatVersion = 3;
-constexpr int64_t kHeaderInts = 10, kConvInts = 7, kBlockInts = 5;
+constexpr int64_t kFormatVersion = 4;
+constexpr int64_t kHeaderInts = 11, kConvInts = 8, kBlockInts = 7;
 constexpr int64_t kMaxSize = 1024, kMaxCifarSize = 64, kMaxImageChannels = 4, kMaxInChannels = 512,
                   kMaxWidth = 4096, kMaxClasses = 1'000'000;
-constexpr int64_t kMaxBlocks = 100'000, kMaxStem = 64, kMaxBody = 3;
+constexpr int64_t kMaxBlocks = 100'000, kMaxChain = 64, kMaxBody = 4;
 
 [[noreturn]] void fail(const std::string& name, const std::string& expected, int64_t got) {
   throw std::invalid_argument("plan: " + name + ": expected " + expected + ", got " + std::to_string(got));
@@ -50,6 +50,14 @@ class Floats {
   int64_t used_ = 0;
 };
 
+// A map on its way through the network.
+struct Shape {
+  int64_t channels, height, width;
+  bool rectified;  // so it holds nothing negative
+
+  void pass(const PlanConv& conv) { *this = {conv.cout, conv.out_height, conv.out_width, conv.relu}; }
+};
+
 // Hands out consecutive rows of the table of integers.
 class Ints {
  public:
@@ -74,7 +82,7 @@ int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding) 
 }
 
 PlanConv make_conv(int64_t cin, int64_t cout, int64_t kernel, int64_t stride, int64_t height, int64_t width,
-                   Floats& floats, int64_t groups = 1, int64_t squeeze = 0) {
+                   Floats& floats, int64_t groups = 1, int64_t squeeze = 0, bool relu = false) {
   PlanConv conv{};
   conv.cin = cin;
   conv.cout = cout;
@@ -83,16 +91,17 @@ PlanConv make_conv(int64_t cin, int64_t cout, int64_t kernel, int64_t stride, in
   conv.groups = groups;
   conv.out_height = out_size(height, kernel, stride, kernel / 2);
   conv.out_width = out_size(width, kernel, stride, kernel / 2);
+  conv.relu = relu;
   conv.squeeze.width = squeeze;
   floats.place(conv);
   return conv;
 }
 
-// A convolution of a map with `channels`, whose kernel is one of two.
-PlanConv read_conv(const std::string& name, Ints& ints, Floats& floats, int64_t channels, int64_t height,
-                   int64_t width, int64_t small_kernel, int64_t large_kernel, int64_t max_stride) {
+// A convolution of a map, whose kernel is one of two.
+PlanConv read_conv(const std::string& name, Ints& ints, Floats& floats, const Shape& in, int64_t small_kernel,
+                   int64_t large_kernel, int64_t max_stride) {
   const int64_t* row = ints.take(kConvInts);
-  require_equal(name + "cin", row[0], channels, ", the channels of the map before it");
+  require_equal(name + "cin", row[0], in.channels, ", the channels of the map before it");
   require_range(name + "cout", row[1], 1, kMaxWidth);
   if (row[2] != small_kernel && row[2] != large_kernel) {
     const std::string kernels = std::to_string(small_kernel) + " or " + std::to_string(large_kernel);
@@ -104,80 +113,93 @@ PlanConv read_conv(const std::string& name, Ints& ints, Floats& floats, int64_t 
   if (row[0] % row[5] != 0 || row[1] % row[5] != 0)
     fail(name + "groups", "a divisor of cin and cout", row[5]);
   require_range(name + "squeeze", row[6], 0, kMaxWidth);
-  return make_conv(row[0], row[1], row[2], row[3], height, width, floats, row[5], row[6]);
+  require_range(name + "relu", row[7], 0, 1);
+  return make_conv(row[0], row[1], row[2], row[3], in.height, in.width, floats, row[5], row[6], row[7] == 1);
 }
 
-PlanBlock read_block(Ints& ints, int64_t index, int64_t channels, int64_t height, int64_t width,
-                     Floats& floats) {
+// A chain on all samples; the first one's kernel is at least `first_kernel`.
+std::vector<PlanConv> read_chain(const std::string& name, int64_t size, Ints& ints, Floats& floats,
+                                 Shape& map, int64_t first_kernel = 1) {
+  std::vector<PlanConv> chain;
+  for (int64_t i = 0; i < size; ++i) {
+    const std::string convolution = name + "convolution " + std::to_string(i) + ": ";
+    const int64_t least = i == 0 ? first_kernel : 1, most = least == 3 ? 7 : 3;
+    chain.push_back(read_conv(convolution, ints, floats, map, least, most, 2));
+    require_equal(convolution + "squeeze", chain.back().squeeze.width, 0,
+                  ", all that walk computes outside of bodies");
+    map.pass(chain.back());
+  }
+  return chain;
+}
+
+PlanBlock read_block(Ints& ints, int64_t index, Shape& map, Floats& floats) {
   const std::string name = "block " + std::to_string(index) + ": ";
   const int64_t* row = ints.take(kBlockInts);
   const int64_t shortcut = row[1], shortcut_stride = row[2], pad_before = row[3], router_width = row[4];
   require_range(name + "n_convolutions", row[0], 2, kMaxBody);
   require_range(name + "shortcut", shortcut, 0, 3);
   require_range(name + "router_width", router_width, 1, kMaxWidth);
+  require_range(name + "n_convolutions of before", row[5], 0, kMaxChain);
+  require_range(name + "relu", row[6], 0, 1);
 
   PlanBlock block{};
+  block.before = read_chain(name + "before: ", row[5], ints, floats, map);
   block.stride = 1;
-  int64_t cin = channels, in_height = height, in_width = width;
+  block.relu = row[6] == 1;
+  const Shape in = map;
+  block.height = in.height;
+  block.width = in.width;
   for (int64_t i = 0; i < row[0]; ++i) {
-    const PlanConv conv = read_conv(name + "convolution " + std::to_string(i) + ": ", ints, floats, cin,
-                                    in_height, in_width, 1, 3, block.stride == 1 ? 2 : 1);
-    block.body.push_back(conv);
-    block.stride *= conv.stride;
-    cin = conv.cout;
-    in_height = conv.out_height;
-    in_width = conv.out_width;
+    const std::string convolution = name + "convolution " + std::to_string(i) + ": ";
+    block.body.push_back(read_conv(convolution, ints, floats, map, 1, 3, block.stride == 1 ? 2 : 1));
+    block.stride *= block.body.back().stride;
+    map.pass(block.body.back());
+    if (i + 1 == row[0]) require_equal(convolution + "relu", map.rectified, 0, ", for it is the last one");
   }
+  map.rectified = block.relu;
   require_equal(name + "shortcut_stride", shortcut_stride, block.stride, " as the body");
-  const int64_t cout = block.cout();
   block.shortcut = static_cast<Shortcut>(shortcut);
   switch (block.shortcut) {
     case Shortcut::identity:
-      require_equal(name + "cout", cout, channels, " as cin, for the shortcut is the identity");
+      require_equal(name + "cout", map.channels, in.channels, " as cin, for the shortcut is the identity");
       require_equal(name + "stride", block.stride, 1, ", for the shortcut is the identity");
       break;
     case Shortcut::pad:
-      if (cout < channels) {
-        fail(name + "cout", "cin = " + std::to_string(channels) + " or more to pad to", cout);
+      if (map.channels < in.channels) {
+        fail(name + "cout", "cin = " + std::to_string(in.channels) + " or more to pad to", map.channels);
       }
       break;
     case Shortcut::projection:
-      block.projection = make_conv(channels, cout, 1, block.stride, height, width, floats);
+      block.projection = make_conv(in.channels, map.channels, 1, block.stride, in.height, in.width, floats);
       break;
     case Shortcut::pooled:
-      block.projection = make_conv(channels, cout, 1, 1, block.out_height(), block.out_width(), floats);
+      block.projection = make_conv(in.channels, map.channels, 1, 1, map.height, map.width, floats);
       break;
   }
-  require_range(name + "pad_before", pad_before, 0, block.shortcut == Shortcut::pad ? cout - channels : 0);
+  if (!block.is_projection() && !in.rectified) {
+    require_equal(name + "relu", block.relu, 0, ", for what it is given comes from no ReLU");
+  }
+  const int64_t most = block.shortcut == Shortcut::pad ? map.channels - in.channels : 0;
+  require_range(name + "pad_before", pad_before, 0, most);
 
   block.pad_before = pad_before;
-  block.router.cin = channels;
+  block.router.cin = in.channels;
   block.router.width = router_width;
-  block.router.weight1 = floats.take(router_width * channels);
+  block.router.weight1 = floats.take(router_width * in.channels);
   block.router.bias1 = floats.take(router_width);
   block.router.weight2 = floats.take(router_width);
   block.router.bias2 = floats.take(1);
   return block;
 }
 
-std::vector<PlanConv> read_stem(const int64_t* header, Ints& ints, Floats& floats) {
-  std::vector<PlanConv> stem;
-  int64_t channels = header[1], height = header[2], width = header[3];
-  require_range("stem: n_convolutions", header[9], 1, kMaxStem);
-  for (int64_t i = 0; i < header[9]; ++i) {
-    const std::string name = "stem: convolution " + std::to_string(i) + ": ";
-    const bool first = i == 0;
-    stem.push_back(read_conv(name, ints, floats, channels, height, width, first ? 3 : 1, first ? 7 : 3, 2));
-    const PlanConv& conv = stem.back();
-    if (conv.kernel == 7) {
-      require_range("in_channels", conv.cin, 1, kMaxImageChannels);
-      require_equal(name + "stride", conv.stride, 2, ", all that walk computes with a kernel of 7");
-      require_equal(name + "groups", conv.groups, 1, ", all that walk computes with a kernel of 7");
-    }
-    require_equal(name + "squeeze", conv.squeeze.width, 0, ", all that walk computes in a stem");
-    channels = conv.cout;
-    height = conv.out_height;
-    width = conv.out_width;
+std::vector<PlanConv> read_stem(const int64_t* header, Ints& ints, Floats& floats, Shape& map) {
+  require_range("stem: n_convolutions", header[9], 1, kMaxChain);
+  const std::vector<PlanConv> stem = read_chain("stem: ", header[9], ints, floats, map, 3);
+  if (stem[0].kernel == 7) {
+    const std::string name = "stem: convolution 0: ";
+    require_range("in_channels", stem[0].cin, 1, kMaxImageChannels);
+    require_equal(name + "stride", stem[0].stride, 2, ", all that walk computes with a kernel of 7");
+    require_equal(name + "groups", stem[0].groups, 1, ", all that walk computes with a kernel of 7");
   }
   return stem;
 }
@@ -204,6 +226,7 @@ Plan read_plan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t
   require_range("in_width", header[3], 1, kMaxSize);
   require_range("num_classes", header[4], 1, kMaxClasses);
   require_range("n_blocks", header[5], 0, kMaxBlocks);
+  require_range("after: n_convolutions", header[10], 0, kMaxChain);
   Floats layout;
   Plan plan{};
   plan.in_channels = header[1];
@@ -211,26 +234,22 @@ Plan read_plan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t
   plan.in_width = header[3];
   plan.num_classes = header[4];
   plan.pool = read_pool(header + 6);
-  plan.stem = read_stem(header, rows, layout);
-  plan.channels = plan.stem.back().cout;
-  plan.height = plan.stem.back().out_height;
-  plan.width = plan.stem.back().out_width;
+  Shape map{plan.in_channels, plan.in_height, plan.in_width, false};
+  plan.stem = read_stem(header, rows, layout, map);
   const PlanPool& pool = plan.pool;
   if (pool.kernel > 0) {
-    for (int64_t* size : {&plan.height, &plan.width}) {
+    for (int64_t* size : {&map.height, &map.width}) {
       require_range("the map to pool", *size, pool.kernel - 2 * pool.padding, kMaxSize);
       *size = out_size(*size, pool.kernel, pool.stride, pool.padding);
     }
   }
-  int64_t channels = plan.channels, height = plan.height, width = plan.width;
-  for (int64_t i = 0; i < header[5]; ++i) {
-    plan.blocks.push_back(read_block(rows, i, channels, height, width, layout));
-    channels = plan.blocks.back().cout();
-    height = plan.blocks.back().out_height();
-    width = plan.blocks.back().out_width();
-  }
+  plan.channels = map.channels;
+  plan.height = map.height;
+  plan.width = map.width;
+  for (int64_t i = 0; i < header[5]; ++i) plan.blocks.push_back(read_block(rows, i, map, layout));
+  plan.after = read_chain("after: ", header[10], rows, layout, map);
   require_equal("integers", n_ints, rows.used(), ", as n_blocks says");
-  plan.head = make_conv(channels, plan.num_classes, 1, 1, 1, 1, layout);
+  plan.head = make_conv(map.channels, plan.num_classes, 1, 1, 1, 1, layout);
   require_equal("floats", n_floats, layout.used(), ", as the integers say");
   if (floats == nullptr) throw std::invalid_argument("plan: floats: null pointer");
   return plan;
@@ -244,10 +263,14 @@ void require_cifar_form(const Plan& plan) {
   require_equal("stem: convolution 0: kernel", plan.stem[0].kernel, 3);
   require_equal("stem: convolution 0: stride", plan.stem[0].stride, 1);
   require_equal("stem: convolution 0: groups", plan.stem[0].groups, 1);
+  require_equal("stem: convolution 0: relu", plan.stem[0].relu, 1);
+  require_equal("after: n_convolutions", plan.after.size(), 0);
   for (size_t i = 0; i < plan.blocks.size(); ++i) {
     const std::string name = "block " + std::to_string(i) + ": ";
     const std::vector<PlanConv>& body = plan.blocks[i].body;
     require_equal(name + "n_convolutions", body.size(), 2);
+    require_equal(name + "n_convolutions of before", plan.blocks[i].before.size(), 0);
+    require_equal(name + "relu", plan.blocks[i].relu, 1);
     require_range(name + "shortcut", static_cast<int64_t>(plan.blocks[i].shortcut), 0, 2);
     for (size_t j = 0; j < body.size(); ++j) {
       const std::string convolution = name + "convolution " + std::to_string(j) + ": ";
@@ -255,6 +278,7 @@ void require_cifar_form(const Plan& plan) {
       require_equal(convolution + "groups", body[j].groups, 1);
       require_equal(convolution + "squeeze", body[j].squeeze.width, 0);
     }
+    require_equal(name + "convolution 0: relu", body[0].relu, 1);
     require_equal(name + "convolution 1: stride", body[1].stride, 1);
   }
 }

@@ -1,23 +1,29 @@
 // The description of a routed network that the walkers execute: filled from Python, read by every device.
 //
 // The network, on one sample x [in_channels, in_height, in_width]:
-//   map = x, for every convolution of the stem ReLU(conv(map)), then max-pooled if pool_kernel > 0
-//   for every block:  pooled = mean of map over its pixels
+//   map = stem(x), then max-pooled if pool_kernel > 0
+//   for every block:  map = before(map)
+//                     pooled = mean of map over its pixels
 //                     margin = w2 . ReLU(W1 pooled + b1) + b2
 //                     executes where margin > threshold (NaN: it does not)
-//                     map = ReLU(shortcut(map) + d * body(map)), d = 1 if executed, else 0
+//                     map = shortcut(map) + d * body(map), d = 1 if executed, else 0; its ReLU if relu = 1
+//   map = after(map)
 //   logits = Wh (mean of map over its pixels) + bh
-// A body is a chain of convolutions with ReLU between them. BatchNorm is folded into weights and biases.
-// Where a convolution has squeeze > 0, squeeze-and-excitation comes last: its map, behind the ReLU if there
-// is one, is multiplied by sigmoid(V2 ReLU(V1 (mean of the map over its pixels) + c1) + c2).
+// Stem, before, body and after are chains of convolutions; before and after may be empty. BatchNorm is folded
+// into weights and biases; alone it is a convolution of 1x1 with as many groups as channels. Behind a
+// convolution comes a ReLU if relu = 1, then, where squeeze > 0, squeeze-and-excitation: its map is
+// multiplied by sigmoid(V2 ReLU(V1 (mean of the map over its pixels) + c1) + c2). A body's last one has relu
+// = 0. A block with relu = 1 whose shortcut is the identity or a pad follows something with relu = 1, so that
+// a sample that skips it stays as it is.
 //
-// Integers (int64), one after the other: the header, the stem's convolutions, then every block with its
-// convolutions behind it:
-//   header       format_version = 3, in_channels, in_height, in_width, num_classes, n_blocks,
-//                pool_kernel, pool_stride, pool_padding (0, 0, 0: no pooling), n_convolutions of the stem
-//   convolution  cin, cout, kernel, stride, padding, groups, squeeze
-//   block        n_convolutions, shortcut (0 identity, 1 pad, 2 projection, 3 pooled), shortcut_stride,
-//                pad_before, router_width
+// Integers (int64), one after the other: the header, the stem's convolutions, then every block with the
+// convolutions of `before` and of its body behind it, those of `after`:
+//   header       format_version = 4, in_channels, in_height, in_width, num_classes, n_blocks,
+//                pool_kernel, pool_stride, pool_padding (0, 0, 0: no pooling), n_convolutions of the stem,
+//                n_convolutions of after
+//   convolution  cin, cout, kernel, stride, padding, groups, squeeze, relu
+//   block        n_convolutions of the body, shortcut (0 identity, 1 pad, 2 projection, 3 pooled),
+//                shortcut_stride, pad_before, router_width, n_convolutions of before, relu
 // A pad and a projection take every shortcut_stride-th pixel. A pad puts `pad_before` channels of zeros in
 // front of its own and the rest behind; a projection is a 1x1 convolution. Pooled is a projection of the
 // means of squares of shortcut_stride x shortcut_stride pixels, of those that there are at the lower and
@@ -26,13 +32,14 @@
 // Floats (float32), one after the other without gaps:
 //   stem    of each convolution weight [cout, cin / groups, kernel, kernel], bias [cout], and where it has
 //           squeeze > 0: V1 [squeeze, cout], c1 [squeeze], V2 [cout, squeeze], c2 [cout]
-//   block   of each convolution the same; projection and pooled: weight [cout, cin], bias [cout];
-//           router W1 [width, cin], b1 [width], w2 [width], b2 [1]
+//   block   of each convolution, of before and of the body, the same; projection and pooled:
+//           weight [cout, cin], bias [cout]; router W1 [width, cin], b1 [width], w2 [width], b2 [1]
+//   after   as the stem
 //   head    weight [classes, channels], bias [classes]
 //
 // The structs below are what a walker runs of this: a stem that begins with 3x3, or with 7x7 of stride 2 and
-// one group on 4 channels at most, without squeeze-and-excitation; bodies of two or three convolutions; 1x1
-// and 3x3, padding (kernel - 1) / 2, strides 1 and 2.
+// one group on 4 channels at most; bodies of two to four convolutions, with squeeze-and-excitation in them
+// alone; 1x1 and 3x3, padding (kernel - 1) / 2, strides 1 and 2.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +59,11 @@ struct PlanConv {
   int64_t cin, cout, kernel, stride, groups;
   int64_t weight, bias;
   int64_t out_height, out_width;
+  bool relu;
   PlanSqueeze squeeze;
+
+  // Every channel times a number, plus one: a BatchNorm that is alone.
+  bool is_affine() const { return kernel == 1 && stride == 1 && groups == cin && cin == cout; }
 };
 
 struct PlanPool {
@@ -64,10 +75,12 @@ struct PlanRouter {
 };
 
 struct PlanBlock {
-  std::vector<PlanConv> body;
-  int64_t stride;  // of the shortcut
+  std::vector<PlanConv> before, body;
+  int64_t height, width;  // of the map that the body is given
+  int64_t stride;         // of the shortcut
   Shortcut shortcut;
   int64_t pad_before;
+  bool relu;
   PlanConv projection;
   PlanRouter router;
 
@@ -80,10 +93,10 @@ struct PlanBlock {
 
 struct Plan {
   int64_t in_channels, in_height, in_width, num_classes;
-  std::vector<PlanConv> stem;
+  std::vector<PlanConv> stem, after;
   PlanConv head;
   PlanPool pool;
-  int64_t channels, height, width;  // of the first block's map
+  int64_t channels, height, width;  // of the map that the first block is given
   std::vector<PlanBlock> blocks;
 };
 
@@ -94,7 +107,8 @@ Plan read_plan(const int64_t* ints, int64_t n_ints, const float* floats, int64_t
 
 // Throws as read_plan does where a plan is more than the CIFAR form with basic blocks: a stem of one 3x3
 // convolution of stride 1 without pooling, maps up to 64x64, bodies of two 3x3 convolutions with the stride
-// on the first, no groups, no pooled shortcuts, no squeeze-and-excitation.
+// on the first, ReLU behind every convolution and every block, nothing between blocks, no groups, no pooled
+// shortcuts, no squeeze-and-excitation.
 void require_cifar_form(const Plan& plan);
 
 }  // namespace spnet

@@ -72,11 +72,11 @@ class SqueezeExcitation(nn.Module):
         return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
 
-VARIANTS = ("deep stem", "averages", "groups", "squeeze")
+VARIANTS = ("deep stem", "averages", "groups", "squeeze", "preactivation")
 
 
 def vary(model: spnet.models.SPNet, variants: Collection[str]) -> spnet.models.SPNet:
-    """What ResNet-D, ResNeXt, SE-ResNet and RegNetY have beyond a ResNet; of VARIANTS, in place."""
+    """What ResNet-D, ResNeXt, SE-ResNet, RegNetY and ResNetV2 have beyond a ResNet; of VARIANTS, in place."""
     if "deep stem" in variants:
         first, pool = model.features.stem[:3], model.features.stem[3:]
         channels = first[0].out_channels
@@ -97,6 +97,20 @@ def vary(model: spnet.models.SPNet, variants: Collection[str]) -> spnet.models.S
         if "squeeze" in variants:
             place = (3, len(block.body))[number % 2]
             block.body.insert(place, SqueezeExcitation(convolutions[-(number % 2)].out_channels))
+    if "preactivation" in variants:
+        stem = model.features.stem
+        del stem[max(i for i, layer in enumerate(stem) if isinstance(layer, nn.ReLU))]
+        for stage in model.stages:
+            for block in list(stage):
+                channels = block.body[0].in_channels
+                block.activation = nn.Identity()
+                # A projection reads what the body does.
+                place = (
+                    (block.body, 0) if isinstance(block.shortcut, nn.Identity) else (stage, list(stage).index(block))
+                )
+                place[0].insert(place[1], nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()))
+        channels = next(layer for layer in reversed(block.body) if isinstance(layer, nn.Conv2d)).out_channels
+        stage.append(nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()))
     return model
 
 

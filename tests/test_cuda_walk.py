@@ -323,13 +323,22 @@ def emulated(network: Network, dtype=core.Dtype.float16, shared_limit: int = SHA
             Network(3, (8, 8), 4, [Block(4, 2, 4, 2, PROJECTION, strided=1)]),
             "block 0: convolution 1: stride: expected 1, got 2",
         ),
-        (Network(3, (8, 8), 4, [], deeper=((4, 3, 1, 1),)), "stem: n_convolutions: expected 1, got 2"),
+        (Network(3, (8, 8), 4, [], deeper=((4, 3, 1, 1, 1),)), "stem: n_convolutions: expected 1, got 2"),
         (Network(2, (8, 8), 4, [], stem_groups=2), "stem: convolution 0: groups: expected 1, got 2"),
         (Network(3, (8, 8), 4, [Block(4, 2, 4, groups=(1, 2))]), "block 0: convolution 1: groups: expected 1, got 2"),
         (Network(3, (8, 8), 4, [Block(4, 2, 4, 2, POOLED)]), "block 0: shortcut: expected 0 to 2, got 3"),
         (
             Network(3, (8, 8), 4, [Block(4, 2, 4, squeezes=(0, 2))]),
             "block 0: convolution 1: squeeze: expected 0, got 2",
+        ),
+        (Network(3, (8, 8), 4, [], stem_relu=0), "stem: convolution 0: relu: expected 1, got 0"),
+        (Network(3, (8, 8), 4, [], after=((4, 1, 1, 4, 1),)), "after: n_convolutions: expected 0, got 1"),
+        (Network(3, (8, 8), 4, [Block(4, 2, 4, relu=0)]), "block 0: relu: expected 1, got 0"),
+        (Network(3, (8, 8), 4, [Block(4, 2, 4, relus=(0,))]), "block 0: convolution 0: relu: expected 1, got 0"),
+        (Network(3, (8, 8), 4, [Block(4, 2, 4, norm=True)]), "block 0: n_convolutions: expected 2, got 3"),
+        (
+            Network(3, (8, 8), 4, [Block(4, 2, 4, before=((4, 1, 1, 4, 1),))]),
+            "block 0: n_convolutions of before: expected 0, got 1",
         ),
     ],
 )

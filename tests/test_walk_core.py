@@ -29,12 +29,29 @@ class Block:
     strided: int = 0  # the convolution that has the stride
     groups: tuple[int, ...] = (1, 1, 1)
     squeezes: tuple[int, ...] = (0, 0, 0)
+    relus: tuple[int, ...] = (1, 1)  # between the convolutions
+    norm: bool = False  # a BatchNorm with a ReLU comes first in the body
+    relu: int = 1  # of the sum
+    # cout, kernel, stride, groups and ReLU of the convolutions on every sample
+    before: tuple[tuple[int, int, int, int, int], ...] = ()
 
-    def convolutions(self) -> list[tuple[int, int, int, int, int, int]]:
-        """cin, cout, kernel, stride, groups and squeeze of each."""
-        widths = [self.cin] + [self.mid] * (len(self.kernels) - 1) + [self.cout]
-        strides = [self.stride if i == self.strided else 1 for i in range(len(self.kernels))]
-        return list(zip(widths[:-1], widths[1:], self.kernels, strides, self.groups, self.squeezes, strict=False))
+    def convolutions(self) -> list[tuple[int, int, int, int, int, int, int]]:
+        """cin, cout, kernel, stride, groups, squeeze and ReLU of each one of the body."""
+        n = len(self.kernels)
+        widths = [self.cin] + [self.mid] * (n - 1) + [self.cout]
+        strides = [self.stride if i == self.strided else 1 for i in range(n)]
+        relus = *self.relus[: n - 1], 0
+        rows = zip(widths[:-1], widths[1:], self.kernels, strides, self.groups, self.squeezes, relus, strict=False)
+        return [(self.cin, self.cin, 1, 1, self.cin, 0, 1)] * self.norm + list(rows)
+
+
+def linked(cin: int, convolutions) -> list[tuple[int, int, int, int, int, int, int]]:
+    """As Block.convolutions, of (cout, kernel, stride, groups, ReLU)."""
+    rows = []
+    for cout, kernel, stride, groups, relu in convolutions:
+        rows.append((cin, cout, kernel, stride, groups, 0, relu))
+        cin = cout
+    return rows
 
 
 @dataclass
@@ -51,8 +68,10 @@ class Network:
     stem_stride: int = 1
     stem_groups: int = 1
     pool: tuple[int, int, int] = (0, 0, 0)
-    # cout, kernel, stride and groups of more convolutions of the stem
-    deeper: tuple[tuple[int, int, int, int], ...] = ()
+    stem_relu: int = 1
+    # cout, kernel, stride, groups and ReLU of more convolutions: of the stem, and behind the blocks
+    deeper: tuple[tuple[int, int, int, int, int], ...] = ()
+    after: tuple[tuple[int, int, int, int, int], ...] = ()
     weights: list[Tensor] = field(init=False)
 
     def __post_init__(self):
@@ -68,34 +87,52 @@ class Network:
         def linear(cin, cout):
             return [normal(cout, cin, scale=cin**-0.5), normal(cout, scale=0.1)]
 
-        self.weights = []
-        for cin, cout, kernel, _, groups in self.stem_convolutions():
-            self.weights += conv(cin, cout, kernel, groups)
-        for b in self.blocks:
-            for cin, cout, kernel, _, groups, squeeze in b.convolutions():
+        def chain(convolutions):
+            for cin, cout, kernel, _, groups, squeeze, _ in convolutions:
                 self.weights += conv(cin, cout, kernel, groups)
                 if squeeze:
                     self.weights += linear(cout, squeeze) + linear(squeeze, cout)
+
+        self.weights = []
+        chain(self.stem_convolutions())
+        channels = self.stem_convolutions()[-1][1]
+        for b, before in zip(self.blocks, self.between(), strict=False):
+            chain(before)
+            chain(b.convolutions())
             if b.shortcut in (PROJECTION, POOLED):
                 self.weights += conv(b.cin, b.cout, 1)
             self.weights += linear(b.cin, b.router_width)
             self.weights += [normal(b.router_width, scale=b.router_width**-0.5), normal(1, scale=0.1)]
-        channels = self.blocks[-1].cout if self.blocks else self.stem_convolutions()[-1][1]
-        self.weights += linear(channels, self.classes)
+            channels = b.cout
+        after = self.between()[-1]
+        chain(after)
+        self.weights += linear(after[-1][1] if after else channels, self.classes)
 
-    def stem_convolutions(self) -> list[tuple[int, int, int, int, int]]:
-        """cin, cout, kernel, stride and groups of each."""
-        stem = (self.stem, self.stem_kernel, self.stem_stride, self.stem_groups), *self.deeper
-        return [(cin, *conv) for cin, conv in zip((self.in_channels, *(conv[0] for conv in stem)), stem, strict=False)]
+    def stem_convolutions(self) -> list[tuple[int, int, int, int, int, int, int]]:
+        """As Block.convolutions."""
+        stem = self.stem, self.stem_kernel, self.stem_stride, self.stem_groups, self.stem_relu
+        return linked(self.in_channels, (stem, *self.deeper))
+
+    def between(self) -> list[list[tuple[int, int, int, int, int, int, int]]]:
+        """What comes before each block, and behind the last."""
+        channels = [self.stem_convolutions()[-1][1], *(b.cout for b in self.blocks)]
+        chains = *(b.before for b in self.blocks), self.after
+        return [linked(cin, chain) for cin, chain in zip(channels, chains, strict=True)]
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        table = [3, self.in_channels, *self.size, self.classes, len(self.blocks), *self.pool, 1 + len(self.deeper)]
-        for cin, cout, kernel, stride, groups in self.stem_convolutions():
-            table += [cin, cout, kernel, stride, kernel // 2, groups, 0]
-        for b in self.blocks:
-            table += [len(b.kernels), b.shortcut, b.stride, b.pad_before, b.router_width]
-            for cin, cout, kernel, stride, groups, squeeze in b.convolutions():
-                table += [cin, cout, kernel, stride, kernel // 2, groups, squeeze]
+        def chain(convolutions):
+            for cin, cout, kernel, stride, groups, squeeze, relu in convolutions:
+                table.extend((cin, cout, kernel, stride, kernel // 2, groups, squeeze, relu))
+
+        table = [4, self.in_channels, *self.size, self.classes, len(self.blocks), *self.pool, 1 + len(self.deeper)]
+        table += [len(self.after)]
+        chain(self.stem_convolutions())
+        for b, before in zip(self.blocks, self.between(), strict=False):
+            body = b.convolutions()
+            table += [len(body), b.shortcut, b.stride, b.pad_before, b.router_width, len(before), b.relu]
+            chain(before)
+            chain(body)
+        chain(self.between()[-1])
         return torch.tensor(table), torch.cat([w.flatten() for w in self.weights])
 
     def input(self, batch: int) -> Tensor:
@@ -105,19 +142,23 @@ class Network:
         """Logits [B, classes] along given paths [B, L], and the routers' margins [B, L] met on the way."""
         w = iter([w.to(dtype) for w in self.weights])
         x = x.to(dtype)
-        for _, _, kernel, stride, groups in self.stem_convolutions():
-            x = F.relu(F.conv2d(x, next(w), next(w), stride=stride, padding=kernel // 2, groups=groups))
+
+        def chain(x, convolutions):
+            for _, _, kernel, stride, groups, squeeze, relu in convolutions:
+                x = F.conv2d(x, next(w), next(w), stride=stride, padding=kernel // 2, groups=groups)
+                x = F.relu(x) if relu else x
+                if squeeze:
+                    hidden = F.relu(F.linear(x.mean((2, 3)), next(w), next(w)))
+                    x = x * F.linear(hidden, next(w), next(w)).sigmoid()[:, :, None, None]
+            return x
+
+        x = chain(x, self.stem_convolutions())
         if self.pool[0]:
             x = F.max_pool2d(x, *self.pool)
         margins = []
-        for i, b in enumerate(self.blocks):
-            body = x
-            for number, (_, _, kernel, stride, groups, squeeze) in enumerate(b.convolutions(), 1):
-                body = F.conv2d(body, next(w), next(w), stride=stride, padding=kernel // 2, groups=groups)
-                body = F.relu(body) if number < len(b.kernels) else body
-                if squeeze:
-                    hidden = F.relu(F.linear(body.mean((2, 3)), next(w), next(w)))
-                    body = body * F.linear(hidden, next(w), next(w)).sigmoid()[:, :, None, None]
+        for i, (b, before) in enumerate(zip(self.blocks, self.between(), strict=False)):
+            x = chain(x, before)
+            body = chain(x, b.convolutions())
             shortcut = x
             if b.shortcut == PAD:
                 behind = b.cout - b.cin - b.pad_before
@@ -128,7 +169,9 @@ class Network:
                 shortcut = F.conv2d(F.avg_pool2d(x, b.stride, ceil_mode=True), next(w), next(w))
             hidden = F.relu(F.linear(x.mean((2, 3)), next(w), next(w)))
             margins.append(F.linear(hidden, next(w)[None], next(w))[:, 0])
-            x = F.relu(torch.where(paths[:, i, None, None, None], shortcut + body, shortcut))
+            x = torch.where(paths[:, i, None, None, None], shortcut + body, shortcut)
+            x = F.relu(x) if b.relu else x
+        x = chain(x, self.between()[-1])
         logits = F.linear(x.mean((2, 3)), next(w), next(w))
         return logits, torch.stack(margins, 1) if margins else logits.new_zeros(len(x), 0)
 
@@ -212,9 +255,11 @@ NETWORKS = {
         [Block(20, 6, 20, kernels=(1, 3, 1)), Block(20, 9, 17, 2, POOLED)],
         stem_stride=2,
         pool=(3, 2, 1),
-        deeper=((24, 3, 1, 1), (7, 1, 1, 1), (20, 3, 2, 1)),
+        deeper=((24, 3, 1, 1, 1), (7, 1, 1, 1, 1), (20, 3, 2, 1, 1)),
     ),
-    "deepest-stem": Network(2, (30, 31), 8, [Block(40, 4, 40)], stem_kernel=7, stem_stride=2, deeper=((40, 3, 2, 1),)),
+    "deepest-stem": Network(
+        2, (30, 31), 8, [Block(40, 4, 40)], stem_kernel=7, stem_stride=2, deeper=((40, 3, 2, 1, 1),)
+    ),
     "averages": Network(
         3,
         (15, 13),
@@ -259,7 +304,7 @@ NETWORKS = {
             Block(30, 45, 75, 2, PAD, 7, groups=(15, 5)),
             Block(75, 50, 75, groups=(25, 25)),
         ],
-        deeper=((36, 3, 2, 4), (33, 1, 1, 3), (32, 3, 1, 1)),
+        deeper=((36, 3, 2, 4, 1), (33, 1, 1, 3, 1), (32, 3, 1, 1, 1)),
     ),
     # On maps of at most 16 channels; and reading unequal numbers of them, by Winograd's tiles.
     "narrow-groups": Network(
@@ -298,6 +343,64 @@ NETWORKS = {
     # Maps of few channels behind a stride of 2, by strips and with weights that are large.
     "narrow-strips": Network(1, (97, 97), 16, [Block(16, 24, 10, 2, PROJECTION, strided=1)]),
     "narrow-heavy": Network(1, (7, 5), 300, [Block(300, 256, 10, 2, PROJECTION)]),
+    # The convolutions of as many groups as channels are a BatchNorm. Narrow, a vector wide and not in whole ones;
+    # with steps between blocks and behind them; with sums that are negative.
+    "preactivated": Network(
+        3,
+        (17, 15),
+        40,
+        [
+            Block(40, 12, 40, norm=True, relu=0),
+            Block(40, 9, 40, kernels=(1, 3, 1), norm=True, relu=0),
+            Block(40, 40, 17, 2, PROJECTION, relu=0, before=((40, 1, 1, 40, 1),)),
+            Block(17, 5, 17, norm=True, relu=0, squeezes=(2, 3)),
+            Block(17, 20, 33, 2, POOLED, kernels=(1, 3, 1), strided=1, relu=0, before=((17, 1, 1, 17, 1),)),
+            Block(33, 8, 40, 2, PAD, 3, norm=True, relu=0),
+            Block(40, 8, 40, kernels=(3, 1, 3), norm=True, relu=0, squeezes=(0, 0, 4)),
+        ],
+        stem_relu=0,
+        after=((40, 1, 1, 40, 1),),
+    ),
+    "preactivated-strips": Network(
+        1,
+        (26, 25),
+        256,
+        [Block(256, 64, 256, kernels=(1, 3, 1), norm=True, relu=0)],
+        stem_relu=0,
+        after=((256, 1, 1, 256, 1),),
+    ),
+    "preactivated-heavy": Network(
+        1,
+        (7, 5),
+        256,
+        [
+            Block(256, 256, 256, norm=True, relu=0),
+            Block(256, 256, 300, 2, PROJECTION, relu=0, before=((256, 1, 1, 256, 1),)),
+            Block(300, 256, 300, norm=True, relu=0),
+            Block(300, 256, 310, 2, PAD, 5, norm=True, relu=0),
+        ],
+        after=((310, 1, 1, 310, 1),),
+    ),
+    # Their maxima are negative at times, also at the edge.
+    "negative-pool": Network(
+        3, (23, 18), 9, [Block(9, 5, 9, relu=0)], stem_kernel=7, stem_stride=2, stem_relu=0, pool=(3, 2, 1)
+    ),
+    "negative-pool-of-squares": Network(2, (8, 9), 20, [Block(20, 5, 24, 1, PROJECTION)], stem_relu=0, pool=(2, 2, 1)),
+    # Convolutions of all kinds between blocks and behind them, some of one channel; no ReLU inside bodies.
+    "between": Network(
+        2,
+        (19, 22),
+        8,
+        [
+            Block(12, 20, 12, before=((20, 3, 2, 4, 0), (12, 1, 1, 1, 1))),
+            Block(12, 20, 12, relus=(0,)),
+            Block(1, 5, 1, kernels=(1, 3, 1), relus=(0, 1), before=((1, 3, 1, 1, 0), (1, 1, 1, 1, 1))),
+            Block(1, 7, 34, 2, PROJECTION, kernels=(3, 1, 3), relus=(1, 0)),
+            Block(40, 16, 40, kernels=(1, 3, 1), norm=True, relu=0, before=((40, 3, 1, 2, 0),)),
+        ],
+        deeper=((8, 1, 1, 8, 0),),
+        after=((40, 3, 2, 1, 1), (70, 1, 1, 10, 1)),
+    ),
     "heavy-squeezes": Network(
         1,
         (7, 5),
@@ -348,7 +451,9 @@ def path_choices(network: Network, batch: int):
 def without_groups(network: Network) -> Network:
     """The same function: zeros where an output does not read a channel."""
     blocks = [replace(block, groups=(1, 1, 1)) for block in network.blocks]
-    dense = replace(network, blocks=blocks, stem_groups=1, deeper=tuple((*conv[:3], 1) for conv in network.deeper))
+    dense = replace(
+        network, blocks=blocks, stem_groups=1, deeper=tuple((*conv[:3], 1, conv[4]) for conv in network.deeper)
+    )
     for weight, spread in zip(network.weights, dense.weights, strict=True):
         groups = spread.shape[1] // weight.shape[1] if weight.dim() > 1 else 1
         spread.zero_()
@@ -566,9 +671,10 @@ def test_bfloat16_needs_the_level():
 # --- What is refused ------------------------------------------------------------------------------------------
 
 HEADER = ("format_version", "in_channels", "in_height", "in_width", "num_classes", "n_blocks")
-HEADER += ("pool_kernel", "pool_stride", "pool_padding", "stem: n_convolutions")
-CONVOLUTION = ("cin", "cout", "kernel", "stride", "padding", "groups", "squeeze")
-BLOCK = ("n_convolutions", "shortcut", "shortcut_stride", "pad_before", "router_width")
+HEADER += ("pool_kernel", "pool_stride", "pool_padding", "stem: n_convolutions", "after: n_convolutions")
+CONVOLUTION = ("cin", "cout", "kernel", "stride", "padding", "groups", "squeeze", "relu")
+BLOCK = ("n_convolutions", "shortcut", "shortcut_stride", "pad_before", "router_width", "n_convolutions of before")
+BLOCK += ("relu",)
 BLOCK += tuple(f"convolution {i}: {name}" for i in range(2) for name in CONVOLUTION)
 VALID = Network(3, (9, 8), 4, [Block(4, 6, 4), Block(4, 6, 9, 2, PAD, 2), Block(9, 6, 5, 2, PROJECTION)])
 
@@ -582,14 +688,15 @@ def assert_refused(position: int, value: int, message: str):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("format_version", v) for v in (0, 1, 2, 4, -1)]
+    [("format_version", v) for v in (0, 1, 2, 3, 5, -1)]
     + [("in_channels", v) for v in (0, -3, 513)]
     + [(n, v) for n in ("in_height", "in_width") for v in (0, -1, 1025)]
     + [("num_classes", v) for v in (0, -1, 1_000_001)]
     + [("n_blocks", v) for v in (-1, 100_001, 1 << 60)]
     + [(n, v) for n in ("pool_stride", "pool_padding") for v in (-1, 1, 3)]
     + [("pool_kernel", v) for v in (-1, 1, 4)]
-    + [("stem: n_convolutions", v) for v in (-1, 0, 65, 1 << 62)],
+    + [("stem: n_convolutions", v) for v in (-1, 0, 65, 1 << 62)]
+    + [("after: n_convolutions", v) for v in (-1, 65, 1 << 62)],
 )
 def test_refuses_a_header(name, value):
     assert_refused(HEADER.index(name), value, name)
@@ -598,7 +705,8 @@ def test_refuses_a_header(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("cin", 2), ("cout", 0), ("cout", -1), ("cout", 4097), ("kernel", 5), ("stride", 0), ("stride", 3)]
-    + [("padding", 0), ("groups", 0), ("groups", 3), ("squeeze", 1), ("squeeze", -1)],
+    + [("padding", 0), ("groups", 0), ("groups", 3), ("squeeze", 1), ("squeeze", -1)]
+    + [("relu", -1), ("relu", 2)],
 )
 def test_refuses_a_stem(name, value):
     assert_refused(len(HEADER) + CONVOLUTION.index(name), value, f"stem: convolution 0: {name}")
@@ -609,7 +717,7 @@ def test_refuses_a_stem(name, value):
     [
         (0, "n_convolutions", 0),
         (0, "n_convolutions", 1),
-        (0, "n_convolutions", 4),
+        (0, "n_convolutions", 5),
         (0, "n_convolutions", 1 << 61),
         (0, "convolution 0: cin", 3),
         (0, "convolution 0: cout", 0),
@@ -632,6 +740,12 @@ def test_refuses_a_stem(name, value):
         (0, "pad_before", 1),
         (0, "router_width", 0),
         (0, "router_width", 4097),
+        (0, "n_convolutions of before", -1),
+        (0, "n_convolutions of before", 65),
+        (0, "relu", -1),
+        (0, "relu", 2),
+        (0, "convolution 0: relu", 2),
+        (0, "convolution 1: relu", 1),
         (1, "convolution 0: cin", 5),
         (1, "convolution 1: cout", 4097),
         (1, "convolution 0: stride", 0),
@@ -657,6 +771,8 @@ def test_refuses_a_block(block, name, value):
         ([Block(4, 6, 5)], "block 0: cout: expected 4 as cin"),
         ([Block(4, 6, 4, 2)], "block 0: stride: expected 1, for the shortcut is the identity"),
         ([Block(4, 6, 3, 1, PAD)], "block 0: cout: expected cin = 4 or more to pad to"),
+        ([Block(4, 6, 4, relu=0), Block(4, 6, 4)], "block 1: relu: expected 0, for what it is given comes"),
+        ([Block(4, 6, 5, 1, PAD, before=((4, 1, 1, 4, 0),))], "block 0: relu: expected 0, for what it is given comes"),
     ],
 )
 def test_refuses_a_shortcut(blocks, message):
@@ -690,10 +806,10 @@ def test_refuses_an_image(changed, message):
 def test_refuses_other_numbers_of_integers_and_floats():
     ints, floats = VALID.tables()
     n_ints, n_floats = ints.numel(), floats.numel()
-    for n in (-1, 0, 9):
-        with pytest.raises(ValueError, match=f"integers: expected a header of 10, got {n}"):
+    for n in (-1, 0, 10):
+        with pytest.raises(ValueError, match=f"integers: expected a header of 11, got {n}"):
             core.Plan(ints.data_ptr(), n, floats.data_ptr(), n_floats)
-    for n in range(10, n_ints):
+    for n in range(11, n_ints):
         with pytest.raises(ValueError, match=f"integers: expected [0-9]+ or more, .*, got {n}"):
             core.Plan(ints.data_ptr(), n, floats.data_ptr(), n_floats)
     with pytest.raises(ValueError, match=f"integers: expected {n_ints}, .*, got {n_ints + 5}"):

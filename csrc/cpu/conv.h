@@ -40,7 +40,8 @@ struct Bundle {
   const float* weight;      // [planes][kernel][words of the lanes][kernel][outputs];
                             // for ConvFunctions::tiles [planes][kernel][words: pixels, lanes][kTileOutputs]
                             // with zeros to whole kTileWords;
-                            // by Winograd [places][channels][outputs], transformed
+                            // by Winograd [places][channels][outputs], transformed;
+                            // see affine.cpp
 };
 
 // out = conv(in) + bias, with a residual, ReLU and sums over every row as asked.
@@ -95,9 +96,9 @@ struct ConvFunctions {
   }
 };
 
-#define SPNET_DECLARE(level)                 \
-  namespace level {                          \
-  extern const ConvFunctions conv_functions; \
+#define SPNET_DECLARE(level)                                   \
+  namespace level {                                            \
+  extern const ConvFunctions conv_functions, affine_functions; \
   }
 SPNET_FOR_EACH_BUILD(SPNET_DECLARE)
 SPNET_DECLARE(avx512_bf16)

@@ -23,16 +23,19 @@ Kernels kernels(Precision precision) {
     }
 #ifdef SPNET_AMX_KERNELS
     if (level() == Level::amx) {
-      return {amx_bf16::conv_functions, nullptr, nullptr, avx512_bf16::walk_ops, amx_bf16::fma_loop};
+      return {
+          amx_bf16::conv_functions, avx512_bf16::affine_functions, nullptr, nullptr, avx512_bf16::walk_ops,
+          amx_bf16::fma_loop};
     }
 #endif
 #ifdef SPNET_BFLOAT16_KERNELS
-    return {avx512_bf16::conv_functions, nullptr, nullptr, avx512_bf16::walk_ops, avx512_bf16::fma_loop};
+    return {avx512_bf16::conv_functions, avx512_bf16::affine_functions, nullptr, nullptr,
+            avx512_bf16::walk_ops,       avx512_bf16::fma_loop};
 #endif
   }
-#define SPNET_KERNELS(level)                                                                         \
-  {level::conv_functions, &level::winograd2_functions, &level::winograd4_functions, level::walk_ops, \
-   level::fma_loop},
+#define SPNET_KERNELS(level)                                                          \
+  {level::conv_functions,       level::affine_functions, &level::winograd2_functions, \
+   &level::winograd4_functions, level::walk_ops,         level::fma_loop},
   const Kernels of_level[] = {SPNET_FOR_EACH_LEVEL(SPNET_KERNELS)};
 #undef SPNET_KERNELS
   return of_level[static_cast<int>(level())];

@@ -13,6 +13,7 @@ enum class Precision { float32, bfloat16 };
 
 struct Kernels {
   const ConvFunctions& conv;
+  const ConvFunctions& affine;
   const ConvFunctions *winograd2, *winograd4;  // null: there is none
   const WalkOps& ops;
   const FmaLoop& fma_loop;

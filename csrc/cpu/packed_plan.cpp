@@ -96,6 +96,7 @@ int64_t count_products(const ConvFunctions& functions, const std::vector<Bundle>
 
 // Of the fewest products.
 std::vector<Bundle> make_bundles(const ConvFunctions& functions, const PlanConv& conv) {
+  if (conv.is_affine()) return cut(functions, conv, 1);
   std::vector<Bundle> widest = cut(functions, conv, functions.bundle);
   if (functions.tiles || conv.groups == 1) return widest;
   std::vector<Bundle> single = cut(functions, conv, 1);
@@ -104,6 +105,7 @@ std::vector<Bundle> make_bundles(const ConvFunctions& functions, const PlanConv&
 
 const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv,
                                  const std::vector<Bundle>& bundles) {
+  if (conv.is_affine()) return kernels.affine;
   const int64_t tiles = winograd_tiles(conv, 2), large_tiles = winograd_tiles(conv, 4);
   const auto bytes = [products = count_products(kernels.conv, bundles)](int side) {
     return winograd_places(side) * products * static_cast<int64_t>(sizeof(float));
@@ -120,6 +122,7 @@ const ConvFunctions& choose_conv(const Kernels& kernels, const PlanConv& conv,
 
 // Floats of a bundle's weights.
 int64_t weights_of(const ConvFunctions& functions, const PlanConv& conv, const Bundle& bundle) {
+  if (conv.is_affine()) return functions.vector;
   if (functions.tiles) {
     const int64_t lanes = in_lanes(functions, conv);
     return (bundle.channels + lanes - 1) / lanes * conv.kernel * tile_row(functions, conv);
@@ -181,24 +184,23 @@ PackedPlan::PackedPlan(const int64_t* ints, int64_t n_ints, const float* floats,
       kernels(cpu::kernels(precision)),
       conv(kernels.conv),
       ops(kernels.ops) {
-  for (const PlanConv& conv : plan.stem) stem.push_back(pack(floats, conv));
+  stem = pack(floats, plan.stem);
+  after = pack(floats, plan.after);
   const int64_t stem_row = row_bytes(plan.channels, plan.stem.back().out_width);
   stem_strip = strip_of(stem_row * 2);
-  int64_t height = plan.height, width = plan.width;
   for (const PlanBlock& block : plan.blocks) {
-    blocks.push_back(pack(floats, block, height, width));
+    blocks.push_back(pack(floats, block));
     is_heavy |= blocks.back().is_heavy;
-    height = block.out_height();
-    width = block.out_width();
   }
   head = pack_linear(floats, plan.head.weight, plan.head.bias, plan.head.cin, plan.head.cout);
   measure();
 }
 
-PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_t height, int64_t width) {
+PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape) {
   PackedBlock block{};
   block.shape = shape;
-  int64_t weight_bytes = 0, reach = 0, rows_bytes = row_bytes(shape.cin(), width) * shape.stride;
+  block.before = pack(floats, shape.before);
+  int64_t weight_bytes = 0, reach = 0, rows_bytes = row_bytes(shape.cin(), shape.width) * shape.stride;
   for (const PlanConv& conv : shape.body) {
     block.body.push_back(pack(floats, conv));
     weight_bytes += block.body.back().bytes;
@@ -209,7 +211,7 @@ PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_
   // In place, a row must not be written before the first convolution has read it.
   const bool in_strips = !block.squeezes && reach >= shape.body.front().kernel / 2;
   block.strip = in_strips ? strip_of(rows_bytes) : shape.out_height();
-  block.is_heavy = weight_bytes > std::max(kWeightBytes, map_bytes(shape.cin(), height, width));
+  block.is_heavy = weight_bytes > std::max(kWeightBytes, map_bytes(shape.cin(), shape.height, shape.width));
   if (shape.is_projection()) {
     PlanConv projection = shape.projection;
     if (block.gathers()) projection.stride = 1;
@@ -222,6 +224,12 @@ PackedBlock PackedPlan::pack(const float* floats, const PlanBlock& shape, int64_
   return block;
 }
 
+std::vector<PackedConv> PackedPlan::pack(const float* floats, const std::vector<PlanConv>& chain) {
+  std::vector<PackedConv> result;
+  for (const PlanConv& conv : chain) result.push_back(pack(floats, conv));
+  return result;
+}
+
 PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
   ConvLayout layout = lay_out(kernels, shape);
   const ConvFunctions& functions = *layout.functions;
@@ -229,7 +237,9 @@ PackedConv PackedPlan::pack(const float* floats, const PlanConv& shape) {
   const float* const weight = floats + shape.weight;
   for (const Bundle& bundle : layout.bundles) {
     float* const to = layout.weights.get() + (bundle.weight - layout.weights.get());
-    if (side > 1) {
+    if (shape.is_affine()) {
+      pack_affine(weight, shape, bundle, to);
+    } else if (side > 1) {
       pack_winograd(weight, shape, bundle, side, to);
       scratch_bytes_ = std::max<int64_t>(scratch_bytes_, functions.scratch(bundle.channels) * sizeof(float));
     } else if (functions.tiles) {
@@ -288,6 +298,12 @@ void PackedPlan::pack_winograd(const float* weight, const PlanConv& shape, const
       }
     };
   });
+}
+
+void PackedPlan::pack_affine(const float* weight, const PlanConv& shape, const Bundle& bundle,
+                             float* to) const {
+  const int64_t first = std::min(bundle.vector * conv.vector, shape.cout);
+  std::copy(weight + first, weight + std::min(first + conv.vector, shape.cout), to);
 }
 
 void PackedPlan::pack_direct(const float* weight, const PlanConv& shape, const Bundle& bundle,
@@ -387,7 +403,12 @@ void PackedPlan::measure() {
   for (size_t i = 0; i + 1 < plan.stem.size(); ++i) middle(i + 1, plan.stem[i]);
   state(plan.channels, plan.stem.back().out_height, plan.stem.back().out_width);
   state(plan.channels, plan.height, plan.width);  // larger where a pooling of stride 1 is padded
+  const auto states = [&](const std::vector<PlanConv>& chain) {
+    for (const PlanConv& conv : chain) state(conv.cout, conv.out_height, conv.out_width);
+  };
+  states(plan.after);
   for (const PlanBlock& block : plan.blocks) {
+    states(block.before);
     for (size_t i = 0; i < block.body.size(); ++i) {
       const PlanConv& conv = block.body[i];
       const bool squeezes = conv.squeeze.width > 0;

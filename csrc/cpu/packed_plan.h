@@ -56,7 +56,7 @@ struct PackedConv {
 
 struct PackedBlock {
   PlanBlock shape;
-  std::vector<PackedConv> body;
+  std::vector<PackedConv> before, body;
   PackedConv projection;
   int64_t strip;  // rows that go through the block together, as many as stay in cache from its first
                   // convolution on
@@ -107,7 +107,7 @@ class PackedPlan {
   const Kernels kernels;
   const ConvFunctions& conv;
   const WalkOps& ops;
-  std::vector<PackedConv> stem;
+  std::vector<PackedConv> stem, after;
   int64_t stem_strip;  // rows of the pooled map that are computed together
   std::vector<PackedBlock> blocks;
   Linear head;
@@ -130,7 +130,9 @@ class PackedPlan {
   int64_t map_bytes(int64_t channels, int64_t height, int64_t width) const;
   const float* pack_vector(const float* values, int64_t n);
   PackedConv pack(const float* floats, const PlanConv& conv);
+  std::vector<PackedConv> pack(const float* floats, const std::vector<PlanConv>& chain);
   // To zeros.
+  void pack_affine(const float* weight, const PlanConv& conv, const Bundle& bundle, float* to) const;
   void pack_direct(const float* weight, const PlanConv& conv, const Bundle& bundle, float* to) const;
   void pack_tiles(const float* weight, const PlanConv& conv, const Bundle& bundle, float* to) const;
   void pack_winograd(const float* weight, const PlanConv& conv, const Bundle& bundle, int side,
@@ -143,7 +145,7 @@ class PackedPlan {
   // In a word that holds a channel and perhaps its neighbour.
   void pack_number(float value, int64_t channel, float* word) const;
   Linear pack_linear(const float* floats, int64_t weight, int64_t bias, int64_t inputs, int64_t outputs);
-  PackedBlock pack(const float* floats, const PlanBlock& block, int64_t height, int64_t width);
+  PackedBlock pack(const float* floats, const PlanBlock& block);
   void measure();
   int64_t sample_bytes() const { return 2 * state_bytes_ + sums_bytes_ + pooled_bytes_ + hidden_bytes_; }
   int64_t bytes_of(int64_t samples) const;

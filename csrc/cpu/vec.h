@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include "conv.h"
+
 namespace spnet::cpu::SPNET_LEVEL {
 namespace {
 
@@ -83,6 +85,13 @@ inline void store_elements(uint16_t* to, Vec value) {
   std::memcpy(to, &halves, sizeof(halves));
 }
 #endif
+
+// The first pixel of a row, its channels of one register.
+inline Element* at(const MapView& map, int64_t vector, int64_t row) {
+  const int64_t channel = vector * kLanes;
+  return static_cast<Element*>(map.data) + channel / map.lanes * map.plane + row * map.row +
+         channel % map.lanes;
+}
 
 }  // namespace
 }  // namespace spnet::cpu::SPNET_LEVEL

@@ -154,6 +154,7 @@ class Walk {
 
   void pass(const WalkBatch& batch, int64_t number) {
     const PackedBlock& block = plan_.blocks[number];
+    run_chain(block.before);
     uint8_t* decisions = batch.decisions + first_ * plan_.blocks.size() + number;
     const int64_t step = plan_.blocks.size();
     if (batch.paths == nullptr) decide(block, batch.threshold, decisions);
@@ -186,6 +187,7 @@ class Walk {
   }
 
   void leave(const WalkBatch& batch) {
+    run_chain(plan_.after);
     const int64_t classes = plan_.plan.num_classes;
     Vectors vectors{};
     for (int64_t i = 0; i < samples_; ++i) {
@@ -324,6 +326,24 @@ class Walk {
     share(phase.units(), phase);
   }
 
+  // Of all samples, from state to state.
+  void run_chain(const std::vector<PackedConv>& chain) {
+    for (const PackedConv& conv : chain) {
+      const PlanConv& to = conv.shape;
+      for (int64_t i = 0; i < samples_; ++i) {
+        shape(workspace_.samples[i].spare, to.cout, to.out_height, to.out_width);
+        pooled_[i] = false;
+      }
+      run_conv(conv, samples_, 0, to.out_height, false, [&](int64_t i) {
+        const Workspace::Sample& sample = workspace_.samples[i];
+        return Maps{sample.state, sample.spare, to.relu, sample.row_sums};
+      });
+      for (int64_t i = 0; i < samples_; ++i) {
+        std::swap(workspace_.samples[i].state, workspace_.samples[i].spare);
+      }
+    }
+  }
+
   void run_stem(Workspace::Sample& sample) const {
     Workspace::Middle& middle = workspace_.middles[0];
     const int64_t last = plan_.stem.size() - 1;
@@ -332,7 +352,7 @@ class Walk {
       MapBuffer& out = middle[(i + 1) % 2];
       shape(out, conv.cout, conv.out_height, conv.out_width);
       run_conv(plan_.stem[i], 1, 0, conv.out_height, false,
-               [&](int64_t) { return Maps{middle[i % 2], out, true, nullptr}; });
+               [&](int64_t) { return Maps{middle[i % 2], out, conv.relu, nullptr}; });
     }
     const PlanConv& stem = plan_.stem[last].shape;
     const PlanPool& pool = plan_.plan.pool;
@@ -340,16 +360,19 @@ class Walk {
     if (pool.kernel == 0) {
       shape(sample.state, stem.cout, stem.out_height, stem.out_width);
       run_conv(plan_.stem[last], 1, 0, stem.out_height, false,
-               [&](int64_t) { return Maps{in, sample.state, true, sample.row_sums}; });
+               [&](int64_t) { return Maps{in, sample.state, stem.relu, sample.row_sums}; });
       return;
     }
     shape(sample.spare, stem.cout, stem.out_height, stem.out_width);
     shape(sample.state, stem.cout, plan_.plan.height, plan_.plan.width);
     MaxPool work{};
-    work.in = view(sample.spare, pool.padding);
+    work.in = view(sample.spare, 0);
     work.out = view(sample.state, 0);
     work.kernel = pool.kernel;
     work.stride = pool.stride;
+    work.padding = pool.padding;
+    work.in_height = stem.out_height;
+    work.in_width = stem.out_width;
     work.width = plan_.plan.width;
     work.vectors = plan_.stem[last].vectors;
     work.row_sums = sample.row_sums;
@@ -358,7 +381,7 @@ class Walk {
       end = std::min(begin + strip, plan_.plan.height);
       const int64_t needed = std::min((end - 1) * pool.stride + pool.kernel - pool.padding, stem.out_height);
       run_conv(plan_.stem[last], 1, done, needed, false,
-               [&](int64_t) { return Maps{in, sample.spare, true, nullptr}; });
+               [&](int64_t) { return Maps{in, sample.spare, stem.relu, nullptr}; });
       done = needed;
       share(end - begin, [work, begin, run = plan_.ops.max_pool](int64_t first, int64_t last) {
         run(work, begin + first, begin + last);
@@ -366,7 +389,8 @@ class Walk {
     }
   }
 
-  // Rows [begin, end). Its output needs no ReLU: a map that is padded holds nothing negative.
+  // Rows [begin, end). Its output needs no ReLU: where one follows, a map that is padded holds nothing
+  // negative.
   void run_pad(const PlanBlock& block, const MapBuffer& in, const MapBuffer& out, int64_t channels,
                int64_t begin, int64_t end, float* row_sums) const {
     PadShortcut work{};
@@ -420,7 +444,7 @@ class Walk {
       run_conv(conv, n, begin, end, false, [&](int64_t i) {
         const Workspace::Sample& sample = workspace_.samples[samples[i]];
         const MapBuffer& in = gathers ? workspace_.middles[i][0] : sample.state;
-        return Maps{in, sample.spare, skips[samples[i]], sums(samples[i])};
+        return Maps{in, sample.spare, block.shape.relu && skips[samples[i]], sums(samples[i])};
       });
     } else {
       for (int64_t i = 0; i < n; ++i) {
@@ -443,8 +467,10 @@ class Walk {
 
   // Every channel of a map that is whole times a number computed from its row sums, which are there. The last
   // one of a body is added to the shortcut. The pooled vector of the state gives way: it is to change.
-  void squeeze_and_excite(const PackedConv& conv, const int64_t* samples, int64_t n, bool is_last,
+  void squeeze_and_excite(const PackedBlock& block, int64_t number, const int64_t* samples, int64_t n,
                           const MapBuffer* const* in, const MapBuffer* const* out) const {
+    const PackedConv& conv = block.body[number];
+    const bool is_last = number + 1 == static_cast<int64_t>(block.body.size());
     Vectors first{}, second{};
     for (int64_t i = 0; i < n; ++i) {
       const Workspace::Sample& sample = workspace_.samples[samples[i]];
@@ -470,6 +496,7 @@ class Walk {
       work.width = in[i]->width;
       work.vectors = conv.vectors;
       work.adds = is_last;
+      work.relu = is_last && block.shape.relu;
       work.row_sums = is_last ? workspace_.samples[samples[i]].row_sums : nullptr;
       share(in[i]->height,
             [work, run = plan_.ops.scale](int64_t begin, int64_t end) { run(work, begin, end); });
@@ -534,15 +561,16 @@ class Walk {
         run_conv(block.body[j], n, done[j], needed[j], adds, [&](int64_t i) {
           const Workspace::Sample& sample = workspace_.samples[samples[i]];
           const MapBuffer& in = j == 0 ? sample.state : workspace_.middles[i][(j - 1) % 2];
-          return Maps{in, *outs[i], j < last || adds, adds || squeezes ? sample.row_sums : nullptr};
+          const bool relu = adds ? block.shape.relu : body[j].relu;
+          return Maps{in, *outs[i], relu, adds || squeezes ? sample.row_sums : nullptr};
         });
-        if (squeezes) squeeze_and_excite(block.body[j], samples, n, j == last, outs, results);
+        if (squeezes) squeeze_and_excite(block, j, samples, n, outs, results);
         done[j] = needed[j];
       }
     }
   }
 
-  static constexpr int64_t kMostBody = 3;
+  static constexpr int64_t kMostBody = 4;
 
   const PackedPlan& plan_;
   const bool is_bfloat16_;  // the input

@@ -6,13 +6,6 @@
 namespace spnet::cpu::SPNET_LEVEL {
 namespace {
 
-// The first pixel of a row, its channels of one register.
-Element* at(const MapView& map, int64_t vector, int64_t row) {
-  const int64_t channel = vector * kLanes;
-  return static_cast<Element*>(map.data) + channel / map.lanes * map.plane + row * map.row +
-         channel % map.lanes;
-}
-
 // kChunk channels at a time: 4 where no chunk straddles the border between zeros and channels.
 template <int kChunk>
 void pad_row(const PadShortcut& pad, int64_t y) {
@@ -75,7 +68,8 @@ void scale(const Scale& scale, int64_t row_begin, int64_t row_end) {
       Vec sum{};
       for (int64_t x = 0; x < scale.width; ++x, from += lanes, to += lanes) {
         Vec value = factors * load_elements(from);
-        if (scale.adds) value = relu(value + load_elements(to));
+        if (scale.adds) value += load_elements(to);
+        if (scale.relu) value = relu(value);
         store_elements(to, value);
         sum += value;
       }
@@ -87,18 +81,28 @@ void scale(const Scale& scale, int64_t row_begin, int64_t row_end) {
 // Keeps NaN.
 inline Vec larger(Vec a, Vec b) { return ((b > a) | (b != b)) ? b : a; }
 
+// Of the places under a kernel, where there are pixels.
+struct Range {
+  int64_t begin, end;
+
+  Range(int64_t first, int64_t kernel, int64_t size)
+      : begin(first < 0 ? 0 : first), end(first + kernel < size ? first + kernel : size) {}
+};
+
 void max_pool(const MaxPool& pool, int64_t row_begin, int64_t row_end) {
   const int64_t lanes = pool.in.lanes;
   for (int64_t y = row_begin; y < row_end; ++y) {
+    const Range rows(y * pool.stride - pool.padding, pool.kernel, pool.in_height);
     for (int64_t v = 0; v < pool.vectors; ++v) {
-      const Element* from = at(pool.in, v, y * pool.stride);
+      const Element* in = at(pool.in, v, 0);
       Element* to = at(pool.out, v, y);
       Vec sum{};
-      for (int64_t x = 0; x < pool.width; ++x, from += pool.stride * lanes, to += lanes) {
-        Vec most{};
-        for (int64_t ky = 0; ky < pool.kernel; ++ky) {
-          for (int64_t kx = 0; kx < pool.kernel; ++kx) {
-            most = larger(most, load_elements(from + ky * pool.in.row + kx * lanes));
+      for (int64_t x = 0; x < pool.width; ++x, to += lanes) {
+        const Range columns(x * pool.stride - pool.padding, pool.kernel, pool.in_width);
+        Vec most = load_elements(in + rows.begin * pool.in.row + columns.begin * lanes);
+        for (int64_t i = rows.begin; i < rows.end; ++i) {
+          for (int64_t j = columns.begin; j < columns.end; ++j) {
+            most = larger(most, load_elements(in + i * pool.in.row + j * lanes));
           }
         }
         store_elements(to, most);

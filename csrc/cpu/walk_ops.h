@@ -17,13 +17,12 @@ struct PadShortcut {
   float* row_sums;  // as in Conv
 };
 
-// Every pixel the largest of those under its kernel. The halo of the input counts as 0, which changes nothing
-// where it holds nothing negative.
+// Every pixel the largest of those under its kernel.
 struct MaxPool {
-  MapView in;   // data: the pixel under the kernel's first tap at output (0, 0)
-  MapView out;  // data: output (0, 0)
-  int64_t kernel, stride, width, vectors;
-  float* row_sums;  // as in Conv
+  MapView in, out;  // data: pixel (0, 0)
+  int64_t kernel, stride, padding, in_height, in_width;
+  int64_t width, vectors;  // of the output
+  float* row_sums;         // as in Conv
 };
 
 // Every pixel the mean of a square of stride x stride, of those pixels that there are.
@@ -33,12 +32,12 @@ struct Means {
   int64_t width, vectors;  // of the output
 };
 
-// Every channel times its number; `adds`: to what out holds, with ReLU.
+// Every channel times its number; `adds`: to what out holds.
 struct Scale {
   MapView in, out;       // data: pixel (0, 0)
   const float* factors;  // [vectors * lanes]
   int64_t width, vectors;
-  bool adds;
+  bool adds, relu;
   float* row_sums;  // as in Conv
 };
 

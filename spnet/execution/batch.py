@@ -27,15 +27,28 @@ class _Convolution:
 
     def __init__(self, shape: Convolution, weight: Tensor, bias: Tensor):
         self._weight, self._bias = weight.contiguous(memory_format=torch.channels_last), bias
-        self._options = shape.stride, shape.padding, 1, shape.groups
+        self._options, self._relu = (shape.stride, shape.padding, 1, shape.groups), shape.relu
 
-    def __call__(self, x: Tensor, relu: bool) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         y = F.conv2d(x, self._weight, self._bias, *self._options)
-        return y.relu_() if relu else y
+        return y.relu_() if self._relu else y
 
-    def add_to_(self, y: Tensor, x: Tensor) -> None:
-        """y = ReLU(y + convolution(x)) in place."""
-        y.add_(self(x, False)).relu_()
+    def add_to_(self, y: Tensor, x: Tensor, relu: int) -> None:
+        """y + convolution(x), or its ReLU, in place of y."""
+        y.add_(self(x))
+        if relu:
+            y.relu_()
+
+
+class _Affine(_Convolution):
+    """Of every channel by itself, which PyTorch multiplies faster than it convolves it."""
+
+    def __init__(self, shape: Convolution, weight: Tensor, bias: Tensor):
+        self._weight, self._bias, self._relu = weight[:, 0], bias[:, None, None], shape.relu
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.addcmul(self._bias, x, self._weight)
+        return y.relu_() if self._relu else y
 
 
 class _FusedConvolution(_Convolution):
@@ -44,15 +57,16 @@ class _FusedConvolution(_Convolution):
     def __init__(self, shape: Convolution, weight: Tensor, bias: Tensor):
         self._weight, self._bias = weight, bias
         self._options = [shape.padding] * 2, [shape.stride] * 2, [1, 1], shape.groups
+        self._unary = "relu" if shape.relu else "none"
         self._kept: dict[bytes, Tensor] = {}  # by order
         self._ordered: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, x: Tensor, relu: bool) -> Tensor:
-        unary = "relu" if relu else "none"
-        return _pointwise(x, self._weight_for(x), self._bias, *self._options, unary, [], "")
+    def __call__(self, x: Tensor) -> Tensor:
+        return _pointwise(x, self._weight_for(x), self._bias, *self._options, self._unary, [], "")
 
-    def add_to_(self, y: Tensor, x: Tensor) -> None:
-        _pointwise_add_(y, x, self._weight_for(x), self._bias, *self._options, "add", 1.0, "relu", [], "")
+    def add_to_(self, y: Tensor, x: Tensor, relu: int) -> None:
+        unary = "relu" if relu else None
+        _pointwise_add_(y, x, self._weight_for(x), self._bias, *self._options, "add", 1.0, unary, [], "")
 
     def _weight_for(self, x: Tensor) -> Tensor:
         # The order that oneDNN wants depends on the numbers of samples and threads. Weights in another are put right
@@ -89,13 +103,15 @@ class _Squeezing:
     def __init__(self, convolution: _Convolution, *weights: Tensor):
         self._convolution, self._weights = convolution, weights
 
-    def __call__(self, x: Tensor, relu: bool) -> Tensor:
-        y = self._convolution(x, relu)
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._convolution(x)
         return y.mul_(self._scale(y))
 
-    def add_to_(self, y: Tensor, x: Tensor) -> None:
-        body = self._convolution(x, False)
-        y.addcmul_(body, self._scale(body)).relu_()
+    def add_to_(self, y: Tensor, x: Tensor, relu: int) -> None:
+        body = self._convolution(x)
+        y.addcmul_(body, self._scale(body))
+        if relu:
+            y.relu_()
 
     def _scale(self, y: Tensor) -> Tensor:
         return _perceive(_pool(y), *self._weights).sigmoid_().to(y.dtype)[:, :, None, None]
@@ -103,6 +119,7 @@ class _Squeezing:
 
 class _Block(NamedTuple):
     shape: Block
+    before: list[_Convolution | _Squeezing]
     body: list[_Convolution | _Squeezing]
     projection: _Convolution | None
     router: list[Tensor]  # as _perceive takes them
@@ -115,15 +132,17 @@ class _Layers:
         parts = network.split(weights)
 
         def convolution(shape: Convolution) -> _Convolution | _Squeezing:
-            made = make(shape, next(parts).to(dtype), next(parts).to(dtype))
+            kind = _Affine if shape.is_affine else make
+            made = kind(shape, next(parts).to(dtype), next(parts).to(dtype))
             return _Squeezing(made, *islice(parts, 4)) if shape.squeeze else made
 
         self.stem = [convolution(shape) for shape in network.stem]
         self.blocks: list[_Block] = []
         for block in network.blocks:
-            body = [convolution(shape) for shape in block.body]
+            before, body = ([convolution(shape) for shape in chain] for chain in (block.before, block.body))
             projection = convolution(block.projection) if block.projection else None
-            self.blocks.append(_Block(block, body, projection, list(islice(parts, 4))))
+            self.blocks.append(_Block(block, before, body, projection, list(islice(parts, 4))))
+        self.after = [convolution(shape) for shape in network.after]
         self.head = next(parts), next(parts)
 
 
@@ -176,18 +195,17 @@ class Batch:
         decisions = x.new_empty(len(x), n_blocks, dtype=torch.bool) if paths is None else paths.clone()
         pooled = None
         for column, block in enumerate(layers.blocks):
+            state, pooled = _through(block.before, state), None if block.before else pooled
             if paths is None:
                 if pooled is None:
                     pooled = _pool(state)
                 decisions[:, column] = _perceive(pooled, *block.router)[:, 0] > threshold
             executes = decisions[:, column]
             state, pooled = _execute(block, state, pooled, executes, dense[column])
-        return F.linear(_pool(state), *layers.head), decisions
+        return F.linear(_pool(_through(layers.after, state)), *layers.head), decisions
 
     def _stem(self, layers: _Layers, x: Tensor) -> Tensor:
-        state = x.to(self._dtype).contiguous(memory_format=torch.channels_last)
-        for convolution in layers.stem:
-            state = convolution(state, True)
+        state = _through(layers.stem, x.to(self._dtype).contiguous(memory_format=torch.channels_last))
         return F.max_pool2d(state, *self._network.pool) if self._network.pool[0] else state
 
     @torch.no_grad()
@@ -195,6 +213,7 @@ class Batch:
         """Per block, what runs it on its own maps, either dense or not: x [B, C, H, W], decisions bool [B, L]."""
         state = self._stem(self._layers, x)
         for block, executes in zip(self._layers.blocks, decisions.unbind(1), strict=True):
+            state = _through(block.before, state)
             run = partial(_trial, block, state, executes)
             yield run
             state = run(False)
@@ -217,7 +236,7 @@ def _execute(
     if block.shape.shortcut != IDENTITY:
         return _execute_strided(block, state, executed, skipped), None
     for run in executed:
-        _add_body_(block.body, state[run], state[run])
+        _add_body_(block, state[run], state[run])
         if pooled is not None:
             pooled[run] = _pool(state[run])
     return state, pooled
@@ -228,8 +247,8 @@ def _execute_dense(block: _Block, x: Tensor, executes: Tensor) -> Tensor:
         y, skipped = x.clone(), x
     else:
         y = _shortcut(block, x)
-        skipped = y.relu()
-    _add_body_(block.body, y, x)
+        skipped = y.relu() if block.shape.relu else y.clone()
+    _add_body_(block, y, x)
     return torch.where(executes[:, None, None, None], y, skipped)
 
 
@@ -241,24 +260,28 @@ def _shortcut(block: _Block, x: Tensor) -> Tensor:
         return F.pad(y, (0, 0, 0, 0, shape.pad_before, behind)).contiguous(memory_format=torch.channels_last)
     if shape.shortcut == POOLED:
         x = F.avg_pool2d(x, shape.stride, ceil_mode=True)
-    return block.projection(x, False)
+    return block.projection(x)
 
 
 def _execute_strided(block: _Block, x: Tensor, executed: list[slice], skipped: list[slice]) -> Tensor:
     y = _shortcut(block, x)
     for run in executed:
-        _add_body_(block.body, y[run], x[run])
-    for run in skipped:
+        _add_body_(block, y[run], x[run])
+    for run in skipped if block.shape.relu else ():
         y[run].relu_()
     return y
 
 
-def _add_body_(body: list[_Convolution | _Squeezing], y: Tensor, x: Tensor) -> None:
-    """y = ReLU(y + body(x)) in place; y may be x."""
-    *first, last = body
-    for convolution in first:
-        x = convolution(x, True)
-    last.add_to_(y, x if first else x.clone())
+def _add_body_(block: _Block, y: Tensor, x: Tensor) -> None:
+    """What the block makes of y, its shortcut, in place; y may be x."""
+    *first, last = block.body
+    last.add_to_(y, _through(first, x) if first else x.clone(), block.shape.relu)
+
+
+def _through(chain: list[_Convolution | _Squeezing], x: Tensor) -> Tensor:
+    for convolution in chain:
+        x = convolution(x)
+    return x
 
 
 def _runs(decisions: Tensor) -> tuple[list[slice], list[slice]]:

@@ -93,9 +93,13 @@ def _fits(conv: Convolution) -> bool:
 
 
 def _check(network: Network) -> None:
-    if any(conv.squeeze for conv in network.stem):
-        raise ValueError("stem: expected no squeeze-and-excitation, which its kernels do not compute")
+    if any(conv.squeeze or not conv.relu for conv in network.stem):
+        raise ValueError("stem: expected a ReLU and no squeeze-and-excitation, all that its kernels compute")
+    if network.after:
+        raise ValueError("expected nothing between the blocks and the head, all that its kernels compute")
     for i, block in enumerate(network.blocks):
+        if block.before or not block.relu or not all(conv.relu for conv in block.body[:-1]):
+            raise ValueError(f"block {i}: expected nothing before it and ReLU behind its convolutions and behind it")
         for name, convs in (("body", block.body), ("shortcut", [block.projection] if block.projection else [])):
             for conv in convs:
                 if not _fits(conv):

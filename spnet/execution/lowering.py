@@ -45,15 +45,16 @@ from spnet.routing import (
 def lower(model: nn.Module, input_shape: tuple[int, int, int] | None = None) -> Plan:
     """Lower a routed network in evaluation mode: BatchNorm folded, two router logits folded into one margin.
 
-    Covers every network that computes: a stem of convolutions with ReLU, with or without max-pooling;
-    :class:`spnet.RoutedBlock` after RoutedBlock; the average over all pixels; one linear layer. Those are the networks
-    of :func:`spnet.create_model`, and after :func:`spnet.convert` the ResNets of torchvision and timm, plain, with deep
-    stems, averaging shortcuts or squeeze-and-excitation, ResNeXt and RegNet. Bodies are convolutions with ReLU between
-    them, shortcuts the identity, option A or a projection, of averages of pixels where it has a stride, activations
-    ReLU; with or without BatchNorm and squeeze-and-excitation behind a convolution; any depth, widths, groups and
-    classes; float32, bfloat16 and float16. On CUDA, from compute capability 8.0: bodies of 1x1 and 3x3 convolutions of
-    one group without squeeze-and-excitation, by ``walk`` where dtype and size allow that. The plan runs on the model's
-    device.
+    Covers every network that computes: a stem of convolutions, with or without max-pooling; blocks, each a
+    :class:`spnet.RoutedBlock`, with or without convolutions before a block and behind the last one; the average over
+    all pixels; one linear layer. Those are the networks of :func:`spnet.create_model`, and after :func:`spnet.convert`
+    the ResNets of torchvision and timm, plain, with deep stems, averaging shortcuts or squeeze-and-excitation, ResNeXt,
+    RegNet, and pre-activation networks, Wide ResNets among them. Bodies are convolutions, shortcuts the identity,
+    option A or a projection, of averages of pixels where it has a stride, activations ReLU or none. Convolutions have
+    BatchNorm, ReLU and squeeze-and-excitation behind them or do not; a BatchNorm may also stand alone. Any depth,
+    widths, groups and classes; float32, bfloat16 and float16. On CUDA, from compute capability 8.0: blocks behind
+    blocks, bodies of 1x1 and 3x3 convolutions of one group without squeeze-and-excitation, ReLU behind each
+    convolution and each block, by ``walk`` where dtype and size allow that. The plan runs on the model's device.
 
     Args:
         model: the network; its forward is run on zeros.
@@ -357,40 +358,50 @@ def assemble(model: nn.Module, shape: tuple[int, int, int], steps: list[Step]) -
         LoweringError: they are in another order or of other sizes than a plan's.
     """
     kinds = [step.kind for step in steps]
-    begin = kinds.index("block")
-    end = begin + kinds.count("block")
-    stem, pool = steps[:begin], (0, 0, 0)
-    if stem and stem[-1].kind == "max_pool":
-        pool = _pool(stem.pop().of)
-    if kinds[begin:] != ["block"] * (end - begin) + ["average", "linear"] or steps[-1].of["bias"] is None:
-        raise LoweringError("what follows is not blocks, the average over all pixels and a linear layer with a bias")
-    first, weights = _lower_chain("the stem", stem, ends_with_relu=True)
-    rows = []
-    for number, step in enumerate(steps[begin:end]):
-        row, folded = _lower_block(number, **step.of)
-        rows.append(row)
-        weights += folded
+    if kinds[-2:] != ["average", "linear"] or steps[-1].of["bias"] is None:
+        raise LoweringError("the network does not end with the average over all pixels and a linear layer with a bias")
+    begin, pool = kinds.index("block"), (0, 0, 0)
+    stem, rest = steps[:begin], steps[begin:-2]
+    if "max_pool" in kinds[:begin]:
+        place = kinds.index("max_pool")
+        stem, rest, pool = steps[:place], steps[place + 1 : -2], _pool(steps[place].of)
+    first, weights = _lower_chain("the stem", stem)
+    rows, between = [], []
+    for step in rest:
+        if step.kind != "block":
+            between.append(step)
+            continue
+        name = f"block {len(rows)}"
+        before, of_before = _lower_chain(f"what comes before {name}", between) if between else ([], [])
+        row, folded = _lower_block(name, **step.of)
+        rows.append(row._replace(before=tuple(before)))
+        weights += of_before + folded
+        between = []
+    after, of_after = _lower_chain("what follows the blocks", between) if between else ([], [])
+    weights += of_after
     head = steps[-1].of
-    network = Network(*shape, len(head["weight"]), pool, tuple(first), tuple(rows))
+    network = Network(*shape, len(head["weight"]), pool, tuple(first), tuple(rows), tuple(after))
     flat = torch.cat([w.detach().float().flatten() for w in (*weights, head["weight"], head["bias"])])
     table = network.table()
     try:
         read_table(table)  # what does not fit is named before the count of MACs runs into it
-        return Plan(table, flat, count_macs(model, shape), steps[0].of["weight"].dtype, head["weight"].device)
+        return Plan(table, flat, count_macs(model, shape), head["weight"].dtype, head["weight"].device)
     except ValueError as e:
         raise LoweringError(str(e).removeprefix("plan: ")) from e
 
 
 def _lower_block(
-    number: int, block: RoutedBlock, body: list[Step], shortcut: list[Step], activation: list[Step]
+    name: str, block: RoutedBlock, body: list[Step], shortcut: list[Step], activation: list[Step]
 ) -> tuple[Block, list[Tensor]]:
     """One block and the weights that belong to it."""
-    name, router = f"block {number}", block.router
+    router = block.router
     known = all(type(m) is kind and computes(m, kind) for m, kind in ((block, RoutedBlock), (router, Router)))
-    if not known or [step.kind for step in activation] != ["relu"]:
-        raise LoweringError(f"{name} is no RoutedBlock with a spnet.Router and a ReLU")
+    if not known or [step.kind for step in activation] not in ([], ["relu"]):
+        raise LoweringError(f"{name} is no RoutedBlock with a spnet.Router, and with a ReLU or no activation")
     convolutions, weights = _lower_chain(f"the body of {name}", body)
-    row = Block(tuple(convolutions), IDENTITY, 1, 0, 0)
+    if convolutions[-1].relu:
+        raise LoweringError(f"the body of {name} ends with a ReLU")
+    row = Block(tuple(convolutions), IDENTITY, 1, 0, 0, relu=len(activation))
     if type(block.shortcut) is PadShortcut:
         row = row._replace(shortcut=PAD, stride=block.shortcut.stride, pad_before=block.shortcut.pad[0])
     elif shortcut:
@@ -431,24 +442,24 @@ def _side(size: int | tuple[int, int]) -> int | None:
 
 _LINEAR = "(?:convolution|linear) "
 _SQUEEZE = f"average {_LINEAR}relu {_LINEAR}sigmoid (?:expand )?scale "
-_LAYER = re.compile(f"(convolution (?:batchnorm )?)(relu )?({_SQUEEZE})?")
+_LAYER = re.compile(f"(convolution (?:batchnorm )?|batchnorm )(relu )?({_SQUEEZE})?")
 
 
-def _lower_chain(name: str, steps: list[Step], ends_with_relu: bool = False) -> tuple[list[Convolution], list[Tensor]]:
-    """The shapes and folded weights of Conv-BN-ReLU-...-Conv-BN.
+def _lower_chain(name: str, steps: list[Step]) -> tuple[list[Convolution], list[Tensor]]:
+    """The shapes and folded weights of convolutions with what follows them: BatchNorm, ReLU, squeeze-and-excitation.
 
-    A BatchNorm may be missing, and squeeze-and-excitation come after the BatchNorm, or the ReLU where there is one.
+    Where nothing precedes a BatchNorm, it is a convolution of its own.
     """
     kinds = "".join(f"{step.kind} " for step in steps)
     layers = list(_LAYER.finditer(kinds))
-    relus = [True] * (len(layers) - 1) + [ends_with_relu]
-    if "".join(layer[0] for layer in layers) != kinds or [bool(layer[2]) for layer in layers] != relus:
+    if not layers or "".join(layer[0] for layer in layers) != kinds:
         raise LoweringError(f"{name} is not a chain of convolutions with BatchNorm, ReLU and squeeze-and-excitation")
     rest = iter(steps)
     shapes, weights = [], []
     for layer in layers:
-        own, _, squeeze = (list(islice(rest, (part or "").count(" "))) for part in layer.groups())
+        own, relu, squeeze = (list(islice(rest, (part or "").count(" "))) for part in layer.groups())
         shape, folded = _fold(name, *own)
+        shape = shape._replace(relu=len(relu))
         weights += folded
         if squeeze:
             (first, of_first), (second, of_second) = _fold(name, squeeze[1]), _fold(name, squeeze[3])
@@ -460,7 +471,24 @@ def _lower_chain(name: str, steps: list[Step], ends_with_relu: bool = False) -> 
     return shapes, weights
 
 
-def _fold(name: str, layer: Step, bn: Step | None = None) -> tuple[Convolution, list[Tensor]]:
+def _fold(name: str, *layer: Step) -> tuple[Convolution, list[Tensor]]:
+    """Of a convolution, or a linear layer; of one with a BatchNorm behind it; or of a BatchNorm alone."""
+    *layers, bn = layer if layer[-1].kind == "batchnorm" else (*layer, None)
+    statistics = None
+    if bn is not None:
+        if bn.of["training"]:
+            raise LoweringError(f"{name} has a BatchNorm without running statistics")
+        statistics = _statistics(*map(bn.of.get, ("running_mean", "running_var", "weight", "bias", "eps")))
+    if layers:
+        shape, weight, bias = _unfolded(name, *layers)
+    else:
+        mean = statistics[0]
+        shape = Convolution(len(mean), len(mean), 1, groups=len(mean))
+        weight, bias = torch.ones_like(mean)[:, None, None, None], torch.zeros_like(mean)
+    return shape, [weight, bias] if bn is None else list(fuse_conv_bn_weights(weight, bias, *statistics))
+
+
+def _unfolded(name: str, layer: Step) -> tuple[Convolution, Tensor, Tensor]:
     of, weight = layer.of, layer.of["weight"]
     if layer.kind == "linear":
         of, weight = of | {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}, weight[:, :, None, None]
@@ -471,14 +499,8 @@ def _fold(name: str, layer: Step, bn: Step | None = None) -> tuple[Convolution, 
     if None in (kernel, stride, padding) or _side(of["dilation"]) != 1:
         raise LoweringError(f"{name} has a convolution that is not square, undilated and evenly zero-padded")
     bias = torch.zeros_like(weight[:, 0, 0, 0]) if of["bias"] is None else of["bias"]
-    folded = weight.float(), bias.float()
-    if bn is not None:
-        if bn.of["training"]:
-            raise LoweringError(f"{name} has a BatchNorm without running statistics")
-        names = "running_mean", "running_var", "weight", "bias", "eps"
-        folded = fuse_conv_bn_weights(*folded, *_statistics(*map(bn.of.get, names)))
     shape = Convolution(weight.shape[1] * of["groups"], len(weight), kernel, stride, padding, of["groups"])
-    return shape, list(folded)
+    return shape, weight.float(), bias.float()
 
 
 def _statistics(

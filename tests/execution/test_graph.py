@@ -349,6 +349,7 @@ def test_memory_of_other_graphs_is_given_up(monkeypatch, captures):
         (lambda m: m.body.__setitem__(0, nn.Conv2d(6, 6, 5, 1, 2)), r"block 0: body: expected 1x1 and 3x3 .* kernel=5"),
         (lambda m: m.body.__setitem__(0, nn.Conv2d(6, 6, 3, 1, 1, groups=2)), "block 0: body: .* groups=2"),
         (lambda m: m.body.append(SqueezeExcitation(6)), "block 0: body: .* squeeze=3"),
+        (lambda m: m.body.__delitem__(2), "block 0: expected nothing before it and ReLU behind its convolutions and"),
     ],
 )
 def test_convolutions_that_do_not_fit(change, message):
@@ -357,6 +358,19 @@ def test_convolutions_that_do_not_fit(change, message):
     lowered = spnet.lower(model.eval())
     with pytest.raises(ValueError, match=message):
         Graph(lowered.network, lowered.weights, torch.float32)
+
+
+def test_steps_between_blocks_do_not_fit():
+    lowered = spnet.lower(settle(vary(_network("cifar", torch.device("cpu")), ["preactivation"])))
+    network = lowered.network
+    rectified = network._replace(stem=(network.stem[0]._replace(relu=1),))
+    for changed, message in (
+        (network, "stem: expected a ReLU and no squeeze-and-excitation"),
+        (rectified, "expected nothing between the blocks and the head"),
+        (rectified._replace(after=()), "block 0: expected nothing before it and ReLU behind"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Graph(changed, lowered.weights, torch.float32)
 
 
 def test_weights_beyond_the_range_of_the_dtype():

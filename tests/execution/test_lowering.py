@@ -164,6 +164,39 @@ class Variant(ResNet):
             block.bn3 = nn.Sequential(block.bn3, squeeze(block.conv3.out_channels))
 
 
+class PreActivation(nn.Module):
+    """In the way of Wide ResNets: where its shape changes, both branches begin with the first BatchNorm and ReLU."""
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.dropout, self.equal = nn.Dropout(0.3), channels == width
+        self.shortcut = None if self.equal else nn.Conv2d(channels, width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        if not self.equal:
+            x = out
+        out = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(out)))))
+        return torch.add(x if self.equal else self.shortcut(x), out)
+
+
+class WideResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
+        self.layers = nn.Sequential(
+            PreActivation(8, 20, 1), PreActivation(20, 20, 1), PreActivation(20, 40, 2), PreActivation(40, 40, 1)
+        )
+        self.bn, self.relu, self.fc = nn.BatchNorm2d(40), nn.ReLU(inplace=True), nn.Linear(40, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn(self.layers(self.conv(x))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 class RoundedDown(Functional):
     """Of 3x3 pixels its shortcut averages four, which is added to all pixels of its body."""
 
@@ -287,6 +320,7 @@ def agrees(model: nn.Module, x: Tensor, **options) -> None:
         (lambda: Variant(Functions), "walk"),
         (lambda: Variant(Linear), "walk"),
         (lambda: Variant(InPlace, groups=3), "walk"),
+        (WideResNet, "walk"),
     ],
 )
 def test_networks_of_others(make, impl, size, tmp_path):
@@ -561,7 +595,7 @@ def test_a_body_and_a_shortcut_of_other_sizes():
     ("make", "reason"),
     [
         (Spreading, "the stem is not a chain of convolutions"),
-        (SpreadingBetween, "what follows is not blocks"),
+        (SpreadingBetween, "what comes before block 1 is not a chain of convolutions"),
         (SpreadingInside, "the body of block 0 calls mul, but not to scale a map by what its averages say"),
     ],
 )

@@ -173,12 +173,16 @@ def _share_block(model):
         (_replace_body, "the body of block 0 calls gelu, which no plan computes"),
         (_dilate_body, "the body of block 0 has a convolution that is not square, undilated"),
         (_replace_shortcut, "the shortcut of block 2 is not a 1x1 convolution"),
-        (lambda m: m.features.stage1[0].body.append(nn.ReLU().eval()), "the body of block 0 is not a chain"),
+        (lambda m: m.features.stage1[0].body.append(nn.ReLU().eval()), "the body of block 0 ends with a ReLU"),
+        (lambda m: m.features.stage1[0].body.insert(0, nn.ReLU().eval()), "the body of block 0 is not a chain"),
         (_replace_stem, "the stem calls avg_pool2d, but not over all pixels of each channel"),
         (lambda m: m.features.stem.append(nn.ReLU().eval()), "the stem is not a chain of convolutions with"),
         (_replace_pool, "a max-pooling that is not square, undilated and rounded down"),
         (_replace_activation, "the activation of block 0 calls tanh"),
-        (lambda m: m.features.stage1[0].add_module("activation", nn.Identity().eval()), "block 0 is no .* and a ReLU"),
+        (
+            lambda m: m.features.stage1[0].add_module("activation", nn.Identity().eval()),
+            "block 1: relu, as what the block is given comes from no ReLU: expected 0, got 1",
+        ),
         (_replace_router, "block 1 is no RoutedBlock with a spnet.Router"),
         (_replace_part, "the router of block 0 does not consist of"),
         (lambda m: setattr(m.features.stage1[1].router, "fc1", _DoubledLinear(6, 128).eval()), "the router of block 1"),
@@ -186,18 +190,18 @@ def _share_block(model):
         (lambda m: setattr(m.features.stage1[1].router.fc2, "bias", None), "the router of block 1 has no bias"),
         (lambda m: setattr(m.features.stage1[1].router.bn, "running_var", None), "BatchNorm has no running statistics"),
         (_replace_forward, "the forward of a Conv2d has been replaced"),
-        (_append_module, "what follows is not blocks, the average over all pixels and"),
-        (lambda m: setattr(m.features, "stem", nn.Conv2d(2, 6, 3, padding=1).eval()), "the stem is not a chain"),
+        (_append_module, "what follows the blocks is not a chain of convolutions"),
+        (lambda m: setattr(m.features, "stem", nn.Conv2d(2, 6, 3, padding=1).eval()), "block 0: relu, as what"),
         (lambda m: setattr(m.features, "stem", nn.Sequential().eval()), r"does not run on an image \[2, 12, 12\]: "),
         (lambda m: setattr(m.features, "stage1", _Doubled(*m.features.stage1).eval()), "the head calls r?mul"),
         (
             lambda m: m.features.stage1.insert(1, nn.MaxPool2d(3, 1, 1).eval()),
-            "what follows is not blocks",
+            "what comes before block 1 is not a chain of convolutions",
         ),
         (lambda m: m.features.stage2.append(m.features.stage2[1]), "a block stands in two places"),
         (
             lambda m: m.heads.append(nn.Sequential(nn.Linear(10, 5), nn.Linear(5, 5)).eval()),
-            "what follows is not blocks",
+            "the network does not end with the average over all pixels and a linear layer",
         ),
         (lambda m: m.heads.append(_DoubledLinear(10, 5).eval()), "the head calls r?mul"),
         (lambda m: m.heads.append(nn.Linear(10, 5, bias=False).eval()), "and a linear layer with a bias"),
@@ -281,7 +285,7 @@ def _squeezed_stem():
         (lambda: _small(in_channels=513), "in_channels: expected 1 to 512, got 513"),
         (lambda: _small(in_channels=5, imagenet=True), "in_channels: expected 1 to 4, got 5"),
         (_five_by_five, "block 0: convolution 0: kernel: expected 1 or 3, all that walk computes, got 5"),
-        (_squeezed_stem, "stem: convolution 0: squeeze: expected 0, all that walk computes in a stem, got 3"),
+        (_squeezed_stem, "stem: convolution 0: squeeze: expected 0, all that walk computes outside of bodies, got 3"),
     ],
 )
 def test_networks_that_walk_does_not_run(model, reason):
@@ -341,8 +345,8 @@ def test_sent_to_another_process():
 
 def test_a_pickle_of_another_version_is_refused(monkeypatch):
     pickled = pickle.dumps(spnet.lower(_small()))
-    monkeypatch.setattr("spnet.execution.plan.FORMAT_VERSION", 4)
-    with pytest.raises(ValueError, match="pickle has plan version 3, expected 4"):
+    monkeypatch.setattr("spnet.execution.plan.FORMAT_VERSION", 5)
+    with pytest.raises(ValueError, match="pickle has plan version 4, expected 5"):
         pickle.loads(pickled)
 
 
@@ -356,11 +360,11 @@ def test_damaged_files_are_refused(tmp_path, options):
         with pytest.raises(ValueError, match="no complete plan"):
             spnet.load_plan(path)
     path.write_bytes(b"\x1b" + bytes(7) + b'{"__metadata__": null     }')
-    with pytest.raises(ValueError, match="plan version none, expected 3"):
+    with pytest.raises(ValueError, match="plan version none, expected 4"):
         spnet.load_plan(path)
     path.write_bytes(whole)
     tensors = load_file(path)
-    meta = {"spnet-plan": "3", "dtype": "float32", "blocks": "a\nb\nc\nd"}
+    meta = {"spnet-plan": "4", "dtype": "float32", "blocks": "a\nb\nc\nd"}
 
     def refused(message: str, tensors=tensors, **changed):
         described = meta | changed
@@ -368,7 +372,7 @@ def test_damaged_files_are_refused(tmp_path, options):
         with pytest.raises(ValueError, match=message):
             spnet.load_plan(path)
 
-    refused("plan version 2, expected 3", **{"spnet-plan": "2"})
+    refused("plan version 3, expected 4", **{"spnet-plan": "3"})
     refused("is no plan", dtype="float64")
     refused("rates, dense: expected", {**tensors, "rates": torch.zeros(1)})
     refused("is no plan", blocks="a")

@@ -15,6 +15,7 @@ from torch import nn
 import spnet
 from spnet.execution import device, plan, walk
 from spnet.native import core
+from spnet.routing import routed_blocks
 from tests.conftest import VARIANTS, assert_as_exact_as_masked, margins, settle, vary
 
 HALVES = st.sampled_from([torch.bfloat16, torch.float16])
@@ -46,8 +47,7 @@ def _input(model: nn.Module, batch: int) -> torch.Tensor:
 @given(networks(), st.sampled_from([0, 1, 2, 7]), st.sampled_from([0.0, 0.5, 1.0]))
 def test_forced_paths(model, batch, rate):
     x = _input(model, batch)
-    blocks = sum(len(stage) for stage in model.stages)
-    paths = torch.rand(batch, blocks) < rate
+    paths = torch.rand(batch, len(routed_blocks(model))) < rate
     expected = spnet.fast_forward(model, x, impl="masked", paths=paths)
     got, taken = spnet.fast_forward(model, x, impl="walk", paths=paths, return_paths=True)
     assert torch.equal(taken.decisions, paths)
@@ -98,7 +98,7 @@ def test_a_thousand_samples(form):
 @given(networks([10], [8, 16, 24, 33]), st.sampled_from([1, 5]), st.sampled_from([0.0, 0.5, 1.0]), HALVES)
 def test_half_precision(model, batch, rate, dtype):
     model = model.to(dtype)
-    x, paths = _input(model, 8).to(dtype), torch.rand(8, sum(len(stage) for stage in model.stages)) < rate
+    x, paths = _input(model, 8).to(dtype), torch.rand(8, len(routed_blocks(model))) < rate
     walked = spnet.fast_forward(model, x[:batch], impl="walk", paths=paths[:batch])
     assert walked.dtype == dtype
     assert_as_exact_as_masked(walked, model, x, paths)

@@ -45,9 +45,10 @@ TIMM = {
     "nf_resnet26": (8, 64),
     "botnet26t_256": (8, 256),
 }
-# What the others compute is no plan: other attention and activations, BatchNorm before convolutions.
+# What the others compute is no plan: other attention, activations and normalisations.
 PLANNED = ["resnet18", "resnet50", "wide_resnet50_2", "resnet50d", "seresnet50", "resnetrs50"]
 PLANNED += ["resnext50_32x4d", "regnet_x_400mf", "regnet_y_400mf", "regnetx_002", "regnety_002"]
+PLANNED += ["resnetv2_18", "resnetv2_50"]
 WITH_DROP_PATH = {"resnet50d", "regnetx_002", "resnetv2_50"}
 
 
