@@ -27,6 +27,14 @@ one whose shortcut is a convolution, whose result is the new state::
     ...
     conv_(state2, b, w3, bias3, index=index, count=count, scatter=True, add=True)
 
+with squeeze-and-excitation behind the second convolution, of whose map the averages give the factors [n, M]::
+
+    scale_(b, b, factors, count=count)
+
+with pre-activation::
+
+    scale_(a, state, weight, bias, index=index, count=count, gather=True, relu=True)   # a BatchNorm that is alone
+
 and the stem, whose input lies in a border of zeros::
 
     interior(padded, x.shape, 7).copy_(x)
@@ -43,6 +51,7 @@ from spnet.kernels.conv import Scratch, conv_, pack_weight
 from spnet.kernels.max_pool import max_pool_, pooled_shape
 from spnet.kernels.pool import pool_, slabs
 from spnet.kernels.route import RouterWeights, parts, route_
+from spnet.kernels.scale import scale_
 from spnet.kernels.stem import interior, pack_stem_weight, padded_shape, stem_conv_
 
 __all__ = [
@@ -60,6 +69,7 @@ __all__ = [
     "pool_",
     "pooled_shape",
     "route_",
+    "scale_",
     "slabs",
     "stem_conv_",
 ]

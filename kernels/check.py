@@ -83,7 +83,7 @@ def cases(architecture: str) -> dict[str, Launch]:
     meta = torch.device("meta")
     seen = set()
     found = dict(chain.from_iterable(workload.small_launches(batch, meta) for batch in workload.BATCHES))
-    for dtype, network in product(workload.DTYPES, workload.NETWORKS):
+    for dtype, network in product(workload.DTYPES, (*workload.NETWORKS, "resnext50")):
         for conv in workload.convolutions(network):
             kind = conv.dtype(dtype)
             shapes = {batch: conv.shape(kind, batch) for batch in workload.BATCHES}
@@ -92,16 +92,17 @@ def cases(architecture: str) -> dict[str, Launch]:
             for batch, tile in [*tiles, *((workload.BATCHES[-1], tile) for tile in sorted(measured))]:
                 even = shapes[1].cin % tile.block_k == 0, conv.cout % tile.block_n == 0
                 kernel = tile._replace(programs_per_sm=1, split=min(tile.split, 2))  # as far as its code differs
-                form = kind, kernel, even, conv.kernel, conv.role
+                form = kind, kernel, even, conv.kernel, conv.role, conv.groups
                 if kind == "tf32":
-                    form = kind, kernel, conv.kernel
+                    form = kind, kernel, conv.kernel, conv.groups
                 elif kind == "bfloat16":
                     if architecture != "sm_90":
                         continue
-                    form = kind, conv.role
+                    form = kind, conv.role, conv.groups
                 if form not in seen:
                     seen.add(form)
                     of = f"{conv.kernel}x{conv.kernel}/{conv.stride} {conv.cin}->{conv.cout}"
+                    of += f" of {conv.groups} groups" if conv.groups > 1 else ""
                     name = f"conv {kind} {conv.role} {of} {tuple(tile)}"
                     found[name] = conv.launch(kind, batch, tile, meta)
     return found

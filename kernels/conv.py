@@ -4,6 +4,9 @@ An implicit matrix product: rows are the output pixels of the listed samples (M)
 the sum runs over taps and input channels (K). Only the address of an input row knows of convolution, stride, padding
 and of the index list, so 1x1 and 3x3 kernels, gather and scatter are one loop. Where there are fewer tiles than
 multiprocessors, a small batch, several programs share a tile, each with a part of the sum: split-K.
+
+With groups, 64 neighbouring outputs, a bundle, are computed together from all channels that one of them reads, with
+weights of zero where an output does not read one: tensor cores multiply no fewer.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from torch import Tensor
 
 from spnet.kernels import tiling
 from spnet.kernels.library import DTYPES, MOST, SPNET, Launch, check, check_contiguous, define, multiprocessors
+
+BUNDLE = 64  # outputs
 
 
 class Scratch(NamedTuple):
@@ -59,6 +64,9 @@ def _conv_kernel(
     W_OUT: tl.constexpr,
     CIN: tl.constexpr,
     COUT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BUNDLE: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -83,7 +91,10 @@ def _conv_kernel(
     STEPS: tl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K  # per tap
     STEPS_OF_PART: tl.constexpr = KERNEL_H * KERNEL_W * STEPS // SPLIT
     TILES_N: tl.constexpr = (COUT + BLOCK_N - 1) // BLOCK_N
-    EVEN_K: tl.constexpr = CIN % BLOCK_K == 0
+    GROUP_IN: tl.constexpr = CHANNELS // GROUPS
+    GROUP_OUT: tl.constexpr = COUT // GROUPS
+    LAST: tl.constexpr = (COUT - 1) // BUNDLE * BUNDLE // GROUP_OUT * GROUP_IN  # first channel of the last bundle
+    EVEN_K: tl.constexpr = CIN % BLOCK_K == 0 and LAST + CIN <= CHANNELS
     EVEN_N: tl.constexpr = COUT % BLOCK_N == 0
     n = batch
     if count_ptr is not None:
@@ -112,6 +123,13 @@ def _conv_kernel(
             listed = tl.load(index_ptr + position)
         source = listed if GATHER else position
         x_row = source.to(tl.int64) * stride_xb + h.to(tl.int64) * stride_xh + w * stride_xw
+        if GROUPS > 1:
+            bundle = tile_n * BLOCK_N // BUNDLE
+            if BUNDLE % GROUP_OUT == 0:  # a multiple that the compiler sees
+                first = bundle * (BUNDLE // GROUP_OUT * GROUP_IN)
+            else:
+                first = bundle * BUNDLE // GROUP_OUT * GROUP_IN
+            x_row += first
 
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         weight_row = (column if EVEN_N else tl.where(column < COUT, column, 0)) * K
@@ -124,20 +142,23 @@ def _conv_kernel(
             tap_w = tap % KERNEL_W
             a_ptrs = x_ptr + (x_row + (tap_h * stride_xh + tap_w * stride_xw + channel))[:, None] + k[None, :]
             b_ptrs = weight_ptr + (weight_row[None, :] + (tap * CIN + channel)) + k[:, None]
+            left = CIN - channel
+            if GROUPS > 1:
+                left = tl.minimum(CIN, CHANNELS - first) - channel
             if PADDING > 0:
                 inside = (h + tap_h >= 0) & (h + tap_h < H_IN) & (w + tap_w >= 0) & (w + tap_w < W_IN)
                 if EVEN_K:
                     a = tl.load(a_ptrs, mask=inside[:, None], other=0.0)
                     b = tl.load(b_ptrs)
                 else:
-                    a = tl.load(a_ptrs, mask=inside[:, None] & (k[None, :] < CIN - channel), other=0.0)
-                    b = tl.load(b_ptrs, mask=k[:, None] < CIN - channel, other=0.0)
+                    a = tl.load(a_ptrs, mask=inside[:, None] & (k[None, :] < left), other=0.0)
+                    b = tl.load(b_ptrs, mask=k[:, None] < left, other=0.0)
             elif EVEN_K:
                 a = tl.load(a_ptrs)
                 b = tl.load(b_ptrs)
             else:
-                a = tl.load(a_ptrs, mask=k[None, :] < CIN - channel, other=0.0)
-                b = tl.load(b_ptrs, mask=k[:, None] < CIN - channel, other=0.0)
+                a = tl.load(a_ptrs, mask=k[None, :] < left, other=0.0)
+                b = tl.load(b_ptrs, mask=k[:, None] < left, other=0.0)
             if PRECISION == "tf32":
                 a = _round_to_tf32(a)
                 b = _round_to_tf32(b)
@@ -182,6 +203,7 @@ def conv_(
     bias: Tensor,
     *,
     stride: int = 1,
+    groups: int = 1,
     index: Tensor | None = None,
     count: Tensor | None = None,
     gather: bool = False,
@@ -204,8 +226,10 @@ def conv_(
     Args:
         out: [B', Ho, Wo, Cout] contiguous, dtype of x; shares no memory with x.
         x: float16, bfloat16 or float32 [B, H, W, Cin] contiguous.
-        weight: [Cout, k, k, Cin] contiguous, dtype of x, k in (1, 3): :func:`pack_weight`.
+        weight: [Cout, k, k, channels_read(Cin, Cout, groups)] contiguous, dtype of x, k in (1, 3):
+            :func:`pack_weight`.
         bias: float32 [Cout].
+        groups: as in an nn.Conv2d. Where what one of them reads is not finite, outputs of others may be NaN.
         stride: 1 or 2; Ho = ceil(H / stride), Wo = ceil(W / stride).
         index: int32 [B] with values in [0, B), distinct below count. Needed by gather and scatter.
         count: int32 [1], at most the batch of x, out and index; None: the whole batch, without index.
@@ -220,21 +244,44 @@ def conv_(
         TypeError, ValueError: an argument does not fit; out is unchanged.
     """
     modes = gather, scatter, add, relu, skip_relu, tf32
-    SPNET.conv_(out, x, weight, bias, stride, index, count, *modes, *(scratch or (None, None)))
+    SPNET.conv_(out, x, weight, bias, stride, groups, index, count, *modes, *(scratch or (None, None)))
 
 
-def pack_weight(weight: Tensor) -> Tensor:
-    """Weight of an nn.Conv2d [Cout, Cin, k, k] -> contiguous [Cout, k, k, Cin]."""
-    return weight.permute(0, 2, 3, 1).contiguous()
+def _first_channel(output: int, cin: int, cout: int, groups: int) -> int:
+    """That the bundle of an output reads."""
+    return output // BUNDLE * BUNDLE // (cout // groups) * (cin // groups)
+
+
+def channels_read(cin: int, cout: int, groups: int = 1) -> int:
+    """How many neighbouring channels a bundle reads, at most."""
+    ends = (min(start + BUNDLE, cout) - 1 for start in range(0, cout, BUNDLE))
+    inputs, outputs = cin // groups, cout // groups
+    return max((last // outputs + 1) * inputs - _first_channel(last, cin, cout, groups) for last in ends)
+
+
+def pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
+    """Of an nn.Conv2d [Cout, Cin / groups, k, k] -> contiguous [Cout, k, k, channels_read(Cin, Cout, groups)]."""
+    weight = weight.permute(0, 2, 3, 1)
+    if groups == 1:
+        return weight.contiguous()
+    cout, kernel, _, inputs = weight.shape
+    cin = groups * inputs
+    read = [o // (cout // groups) * inputs - _first_channel(o, cin, cout, groups) for o in range(cout)]
+    place = torch.tensor(read, device=weight.device)[:, None] + torch.arange(inputs, device=weight.device)
+    packed = weight.new_zeros(cout, kernel, kernel, channels_read(cin, cout, groups))
+    return packed.scatter_(3, place[:, None, None].expand_as(weight), weight)
 
 
 def _check(
-    out, x, weight, bias, stride, index, count, gather, scatter, add, relu, skip_relu, tf32, partials, counters
+    out, x, weight, bias, stride, groups, index, count, gather, scatter, add, relu, skip_relu, tf32, partials, counters
 ) -> None:
     check("x", x, DTYPES, (-1, -1, -1, -1))
     batch, h, w, cin = x.shape
-    check("weight", weight, x.dtype, (-1, -1, -1, cin))
+    check("weight", weight, x.dtype, (-1, -1, -1, -1))
     cout, kernel = weight.shape[:2]
+    if groups < 1 or cin % groups or cout % groups:
+        raise ValueError(f"groups: expected a divisor of {cin} and {cout} channels, got {groups}")
+    check("weight", weight, x.dtype, (-1, -1, -1, channels_read(cin, cout, groups)))
     if weight.shape[2] != kernel or kernel not in (1, 3):
         raise ValueError(f"weight: expected [Cout, k, k, Cin] with k = 1 or 3, got {list(weight.shape)}")
     if stride not in (1, 2):
@@ -261,13 +308,13 @@ def _check(
 
 
 def _twin(
-    out, x, weight, bias, stride, index, count, gather, scatter, add, relu, skip_relu, tf32, partials, counters
+    out, x, weight, bias, stride, groups, index, count, gather, scatter, add, relu, skip_relu, tf32, partials, counters
 ) -> None:
     n = x.shape[0] if count is None else int(count)
     rows = x[:n] if not gather else x[index[:n]]
     y = F.conv2d(
         rows.permute(0, 3, 1, 2).float(),
-        weight.permute(0, 3, 1, 2).float(),
+        _without_groups(weight, x.shape[3], groups).permute(0, 3, 1, 2).float(),
         bias,
         stride=stride,
         padding=weight.shape[1] // 2,
@@ -280,12 +327,23 @@ def _twin(
     out[target] = y.to(out.dtype)
 
 
+def _without_groups(weight: Tensor, cin: int, groups: int) -> Tensor:
+    """The same convolution: [Cout, k, k, Cin]."""
+    cout, kernel, _, reads = weight.shape
+    dense = weight.new_zeros(cout, kernel, kernel, cin + reads)
+    for start in range(0, cout, BUNDLE):
+        first = _first_channel(start, cin, cout, groups)
+        dense[start : start + BUNDLE, ..., first : first + reads] = weight[start : start + BUNDLE]
+    return dense[..., :cin]
+
+
 def launch(
     out,
     x,
     weight,
     bias,
     stride,
+    groups,
     index,
     count,
     gather,
@@ -301,6 +359,7 @@ def launch(
     """The launch of one ``conv_``, by the tile given or the one of the table."""
     kernel = weight.shape[1]
     geometry = dict(KERNEL_H=kernel, KERNEL_W=kernel, STRIDE_H=stride, STRIDE_W=stride, PADDING=kernel // 2)
+    geometry["GROUPS"] = groups
     modes = dict(GATHER=gather, SCATTER=scatter, ADD=add, RELU=relu)
     scratch = None if partials is None else Scratch(partials, counters)
     return launch_product(out, x, weight, bias, index, count, skip_relu, geometry, modes, tf32, scratch, tile)
@@ -322,11 +381,14 @@ def launch_product(
 ) -> Launch:
     """Any convolution whose taps and channels lie in x [B, H, W, C] at its strides, the last of which is 1."""
     _, h_out, w_out, cout = out.shape
-    batch, h_in, w_in, cin = x.shape
+    batch, h_in, w_in, channels = x.shape
+    cin = weight.shape[-1]
     rows = min(batch, out.shape[0]) * h_out * w_out
     if tile is None:
-        shape = tiling.Shape.of(x.dtype, tf32, geometry["KERNEL_H"], cin, cout, rows)
+        shape = tiling.Shape.of(x.dtype, tf32, geometry["KERNEL_H"], cin, cout, rows, skip_relu is not None)
         tile = tiling.choose(tiling.architecture(x.device), shape)
+    if geometry["GROUPS"] > 1:  # a tile reads what its bundle does
+        tile = tile._replace(block_n=min(tile.block_n, BUNDLE))
     tiles = -(-rows // tile.block_m) * -(-cout // tile.block_n)
     steps = geometry["KERNEL_H"] * geometry["KERNEL_W"] * -(-cin // tile.block_k)
     elements = tiles * tile.split * tile.block_m * tile.block_n
@@ -352,6 +414,8 @@ def launch_product(
         W_OUT=w_out,
         CIN=cin,
         COUT=cout,
+        CHANNELS=channels,
+        BUNDLE=BUNDLE,
         **geometry,
         stride_xb=x.stride(0),
         stride_xh=x.stride(1),
@@ -369,8 +433,9 @@ def launch_product(
 
 
 define(
-    "conv_(Tensor(a!) out, Tensor x, Tensor weight, Tensor bias, int stride, Tensor? index, Tensor? count, bool gather,"
-    " bool scatter, bool add, bool relu, Tensor? skip_relu, bool tf32, Tensor(b!)? partials, Tensor(c!)? counters)",
+    "conv_(Tensor(a!) out, Tensor x, Tensor weight, Tensor bias, int stride, int groups, Tensor? index, Tensor? count,"
+    " bool gather, bool scatter, bool add, bool relu, Tensor? skip_relu, bool tf32, Tensor(b!)? partials,"
+    " Tensor(c!)? counters)",
     _check,
     _twin,
     launch,

@@ -96,7 +96,7 @@ def launch(out, padded, weight, bias, stride, relu, tf32, tile: Tile | None = No
     _, kernel, row = weight.shape
     image, line = height * width * CHANNELS, width * CHANNELS
     x = padded.as_strided((batch, height, out.shape[2], row), (image, line, stride * CHANNELS, 1))
-    geometry = dict(KERNEL_H=kernel, KERNEL_W=1, STRIDE_H=stride, STRIDE_W=1, PADDING=0)
+    geometry = dict(KERNEL_H=kernel, KERNEL_W=1, STRIDE_H=stride, STRIDE_W=1, PADDING=0, GROUPS=1)
     modes = dict(GATHER=False, SCATTER=False, ADD=False, RELU=relu)
     return launch_product(out, x, weight, bias, None, None, None, geometry, modes, tf32, None, tile)
 

@@ -36,22 +36,27 @@ class Shape(NamedTuple):
     kernel: int  # taps along one side
     cin: int
     cout: int
+    shortcut: bool  # whose registers suffice for tiles that a body, which adds to what it finds, may have no room for
     rows: int  # output pixels of the whole batch, rounded up to a power of two
 
     @classmethod
-    def of(cls, dtype: torch.dtype, tf32: bool, kernel: int, cin: int, cout: int, rows: int) -> Shape:
+    def of(
+        cls, dtype: torch.dtype, tf32: bool, kernel: int, cin: int, cout: int, rows: int, shortcut: bool = False
+    ) -> Shape:
         name = "tf32" if tf32 and dtype is torch.float32 else str(dtype).removeprefix("torch.")
-        return cls(name, kernel, cin, cout, power_of_two(rows))
+        return cls(name, kernel, cin, cout, shortcut, power_of_two(rows))
 
     @property
     def key(self) -> str:
         """In a table; both halves are multiplied at the same speed."""
-        return "-".join(map(str, self._replace(dtype=self.dtype.replace("bfloat", "float"))))
+        parts = self.dtype.replace("bfloat", "float"), self.kernel, self.cin, self.cout
+        return "-".join(map(str, (*parts, *["shortcut"] * self.shortcut, self.rows)))
 
 
 def choose(architecture: str, shape: Shape) -> Tile:
-    """The measured tile of this shape, or the rule's where none was measured."""
-    return table(architecture).get(shape.key) or rule(architecture, shape)
+    """The measured tile of this shape, of a shortcut also that of a body, or the rule's where none was measured."""
+    tiles = table(architecture)
+    return tiles.get(shape.key) or tiles.get(shape._replace(shortcut=False).key) or rule(architecture, shape)
 
 
 def measured(architecture: str, shape: Shape) -> set[Tile]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from threading import Lock
 from typing import NamedTuple
@@ -36,6 +36,7 @@ from spnet.kernels import (
     pool_,
     pooled_shape,
     route_,
+    scale_,
     slabs,
     stem_conv_,
 )
@@ -52,11 +53,13 @@ def bucket(batch: int) -> int:
 
 
 class _Conv(NamedTuple):
-    """A convolution on maps [B, H, W, C]."""
+    """A convolution on maps [B, H, W, C], and what follows it."""
 
     shape: Convolution
-    weight: Tensor  # [Cout, k, k, Cin / groups]
+    weight: Tensor  # [Cout, k, k, Cin / groups]; of an affine one float32 [C]
     bias: Tensor  # float32 [Cout]
+    packed: Tensor  # what conv_ reads: the weight, but for those with groups
+    squeeze: tuple[Tensor, ...]  # float32 [S, C], [S], [C, S], [C] of its squeeze-and-excitation, or nothing
 
     def out(self, x: Tensor) -> Tensor:
         """A new map for its result on every sample of x."""
@@ -64,14 +67,58 @@ class _Conv(NamedTuple):
         return x.new_empty(batch, -(-h // self.shape.stride), -(-w // self.shape.stride), self.shape.cout)
 
     def dense(self, x: Tensor) -> Tensor:
-        """By PyTorch, for every sample, without ReLU."""
-        weight, shape = self.weight.permute(0, 3, 1, 2), self.shape
-        y = F.conv2d(_nchw(x), weight, self.bias.to(x.dtype), shape.stride, shape.padding, groups=shape.groups)
-        return _nhwc(y)
+        """For every sample, by PyTorch what it knows."""
+        shape = self.shape
+        if shape.is_affine:
+            y = torch.empty_like(x)
+            scale_(y, x, self.weight, self.bias, relu=bool(shape.relu))
+        else:
+            weight, bias = self.weight.permute(0, 3, 1, 2), self.bias.to(x.dtype)
+            y = _nhwc(F.conv2d(_nchw(x), weight, bias, shape.stride, shape.padding, groups=shape.groups))
+            if shape.relu:
+                y.relu_()
+        if self.squeeze:
+            scale_(y, y, self._excitation(y, None, None))
+        return y
+
+    def routed(
+        self, out: Tensor, x: Tensor, index: Tensor, count: Tensor, gather: bool, end: dict[str, bool], tf32: bool,
+        scratch: Scratch,
+    ) -> None:  # fmt: skip
+        """On the samples that execute, by the kernels.
+
+        Args:
+            gather: x holds all samples, not those that execute alone.
+            end: scatter, add and relu of ``conv_`` where this is the last one of a body, else empty.
+        """
+        modes = dict(index=index, count=count)
+        own = modes | dict(gather=gather, relu=bool(self.shape.relu)) | ({} if self.squeeze else end)
+        target = self.out(x) if self.squeeze and end else out
+        if self.shape.is_affine:
+            scale_(target, x, self.weight, self.bias, **own)
+        else:
+            options = dict(stride=self.shape.stride, groups=self.shape.groups, tf32=tf32, scratch=scratch)
+            conv_(target, x, self.packed, self.bias, **own, **options)
+        if self.squeeze:
+            scale_(out, target, self._excitation(target, count, scratch), **modes, **end)
+
+    def _excitation(self, y: Tensor, count: Tensor | None, scratch: Scratch | None) -> Tensor:
+        """Logits float32 [B, C] of the factors of each sample; meaningless ones from ``count`` on."""
+        sums = _new_sums(y)
+        index = None if count is None else torch.arange(len(y), dtype=torch.int32, device=y.device)
+        pool_(sums, y, index, count)
+        w1, b1, w2, b2 = self.squeeze
+        pooled = sums.sum(1) / (y.shape[1] * y.shape[2])
+        hidden, logits = pooled.new_empty(len(y), len(w1)), torch.empty_like(pooled)
+        # Of all samples, which takes no longer than of some.
+        for to, x, weight, bias, relu in ((hidden, pooled, w1, b1, True), (logits, hidden, w2, b2, False)):
+            conv_(to[:, None, None], x[:, None, None], weight[:, None, None], bias, relu=relu, scratch=scratch)
+        return logits
 
 
 class _Block(NamedTuple):
     shape: Block
+    before: tuple[_Conv, ...]
     body: tuple[_Conv, ...]
     projection: _Conv | None
     router: RouterWeights
@@ -85,27 +132,14 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _fits(conv: Convolution) -> bool:
-    """Whether ``conv_`` computes it."""
-    if conv.squeeze or conv.groups != 1:
-        return False
-    return conv.kernel in (1, 3) and conv.stride in (1, 2) and conv.padding == conv.kernel // 2
-
-
 def _check(network: Network) -> None:
-    if any(conv.squeeze or not conv.relu for conv in network.stem):
-        raise ValueError("stem: expected a ReLU and no squeeze-and-excitation, all that its kernels compute")
-    if network.after:
-        raise ValueError("expected nothing between the blocks and the head, all that its kernels compute")
     for i, block in enumerate(network.blocks):
-        if block.before or not block.relu or not all(conv.relu for conv in block.body[:-1]):
-            raise ValueError(f"block {i}: expected nothing before it and ReLU behind its convolutions and behind it")
         for name, convs in (("body", block.body), ("shortcut", [block.projection] if block.projection else [])):
             for conv in convs:
-                if not _fits(conv):
+                if conv.kernel not in (1, 3) or conv.stride not in (1, 2) or conv.padding != conv.kernel // 2:
                     raise ValueError(
-                        f"block {i}: {name}: expected 1x1 and 3x3 convolutions of stride 1 or 2, padding (k - 1) / 2 "
-                        f"and 1 group, without squeeze-and-excitation, all that its kernels compute, got {conv}"
+                        f"block {i}: {name}: expected 1x1 and 3x3 convolutions of stride 1 or 2 and padding "
+                        f"(k - 1) / 2, all that its kernels compute, got {conv}"
                     )
 
 
@@ -130,20 +164,28 @@ class _Layers:
             return weight
 
         def convolution(shape: Convolution, pack: Callable[[Tensor], Tensor] = pack_weight) -> _Conv:
-            return _Conv(shape, take(pack), take())
+            weight, bias = take(None if shape.is_affine else pack), take()
+            packed = weight
+            if shape.is_affine:
+                weight = weight.flatten()
+            elif shape.groups > 1:
+                packed = pack_weight(weight.permute(0, 3, 1, 2), shape.groups)
+                self.weights.append(packed)
+            return _Conv(shape, weight, bias, packed, tuple(take() for _ in range(4 if shape.squeeze else 0)))
 
         self.network, self.dtype, self.device = network, dtype, weights.device
         stem, *more = network.stem
         is_centred = stem.kernel > 1 and stem.kernel % 2 == 1 and stem.padding == stem.kernel // 2
-        self._pads = is_centred and stem.cin <= 4 and stem.groups == 1 and stem.stride in (1, 2)
+        self._pads = is_centred and stem.cin <= 4 and stem.groups == 1 and stem.stride in (1, 2) and not stem.squeeze
         self._stem = convolution(stem, pack_stem_weight if self._pads else pack_weight)
         self._deeper = [convolution(shape) for shape in more]
         self.blocks = []
         for block in network.blocks:
-            body = tuple(convolution(shape) for shape in block.body)
+            before, body = (tuple(convolution(shape) for shape in chain) for chain in (block.before, block.body))
             projection = convolution(block.projection) if block.projection else None
             w1, b1, w2, b2 = (take() for _ in range(4))
-            self.blocks.append(_Block(block, body, projection, RouterWeights(w1, b1, w2.flatten(), b2)))
+            self.blocks.append(_Block(block, before, body, projection, RouterWeights(w1, b1, w2.flatten(), b2)))
+        self._after = tuple(convolution(shape) for shape in network.after)
         self._head = take()[:, None, None, :], take()
 
     def image(self, batch: int) -> tuple[Tensor, Tensor]:
@@ -162,11 +204,11 @@ class _Layers:
             _, h, w = self.network[:3]
             conv = self._stem
             state = image.new_empty(len(image), -(-h // conv.shape.stride), -(-w // conv.shape.stride), conv.shape.cout)
-            stem_conv_(state, image, conv.weight, conv.bias, stride=conv.shape.stride, tf32=tf32)
+            modes = dict(stride=conv.shape.stride, relu=bool(conv.shape.relu), tf32=tf32)
+            stem_conv_(state, image, conv.weight, conv.bias, **modes)
         else:
-            state = self._stem.dense(image).relu_()
-        for conv in self._deeper:
-            state = conv.dense(state).relu_()
+            state = self._stem.dense(image)
+        state = through(self._deeper, state)
         if self.network.pool[0]:
             pooled = state.new_empty(pooled_shape(state.shape, *self.network.pool))
             max_pool_(pooled, state, *self.network.pool)
@@ -185,6 +227,8 @@ class _Layers:
         changed = None, None
         for column, block in enumerate(self.blocks):
             executes, index, count = decisions[:, column], lists[column], counts[column : column + 1]
+            if block.before:
+                state, sums = through(block.before, state), None
             if threshold is not None:
                 sums = _pool(state, sums, *changed)
                 margins = state.new_empty(len(decisions), parts(block.shape.router_width), dtype=torch.float32)
@@ -194,6 +238,8 @@ class _Layers:
             changed = index, count
             if block.shape.shortcut != IDENTITY:
                 sums = None
+        if self._after:
+            state, sums = through(self._after, state), None
         sums = _pool(state, sums, *changed)
         pooled = (sums[:, 0] if sums.shape[1] == 1 else sums.sum(1)) / (state.shape[1] * state.shape[2])
         # Not cuBLAS, whose workspace a graph would have to keep, and which multiplies by TF32 where told to.
@@ -223,6 +269,13 @@ def _new_sums(state: Tensor) -> Tensor:
     return state.new_empty(batch, slabs(h * w), channels, dtype=torch.float32)
 
 
+def through(chain: Iterable[_Conv], x: Tensor) -> Tensor:
+    """Of every sample."""
+    for conv in chain:
+        x = conv.dense(x)
+    return x
+
+
 def step(
     block: _Block, state: Tensor, executes: Tensor, index: Tensor, count: Tensor, dense: bool, tf32: bool,
     scratch: Scratch,
@@ -236,17 +289,14 @@ def step(
     """
     y = _shortcut(block, state, executes, tf32, scratch)
     if dense:
-        x = state
-        for conv in block.body[:-1]:
-            x = conv.dense(x).relu_()
-        body = block.body[-1].dense(x).add_(y).relu_()
-        return torch.where(executes[:, None, None, None], body, y)
+        body = through(block.body, state).add_(y)
+        return torch.where(executes[:, None, None, None], body.relu_() if block.shape.relu else body, y)
     x = state.clone() if y is state and len(block.body) == 1 else state
     for i, conv in enumerate(block.body):
-        first, last = i == 0, i == len(block.body) - 1
-        out = y if last else conv.out(x)
-        modes = dict(gather=first, scatter=last, add=last, stride=conv.shape.stride, tf32=tf32, scratch=scratch)
-        conv_(out, x, conv.weight, conv.bias, index=index, count=count, **modes)
+        is_last = i == len(block.body) - 1
+        out = y if is_last else conv.out(x)
+        end = dict(scatter=True, add=True, relu=bool(block.shape.relu)) if is_last else {}
+        conv.routed(out, x, index, count, i == 0, end, tf32, scratch)
         x = out
     return y
 
@@ -258,14 +308,14 @@ def _shortcut(block: _Block, state: Tensor, executes: Tensor, tf32: bool, scratc
         return state
     if shape.shortcut == PAD:
         before, cin, cout = shape.pad_before, state.shape[3], shape.body[-1].cout
-        # Already >= 0, so it needs no ReLU.
+        # Where it is to have a ReLU, it is already >= 0.
         return F.pad(state[:, ::stride, ::stride], (before, cout - cin - before))
     if shape.shortcut == POOLED:
         state = _nhwc(F.avg_pool2d(_nchw(state), stride, ceil_mode=True))
     conv = block.projection
     y = conv.out(state)
-    modes = dict(stride=conv.shape.stride, tf32=tf32, scratch=scratch)
-    conv_(y, state, conv.weight, conv.bias, skip_relu=executes, **modes)
+    modes = dict(stride=conv.shape.stride, relu=bool(shape.relu), tf32=tf32, scratch=scratch)
+    conv_(y, state, conv.weight, conv.bias, skip_relu=executes if shape.relu else None, **modes)
     return y
 
 
@@ -371,6 +421,7 @@ class Graph:
         lists, counts = _lists(decisions)
         scratch = Scratch.on(x.device)
         for column, (block, executes) in enumerate(zip(self._layers.blocks, decisions.unbind(1), strict=True)):
+            state = through(block.before, state)
             run = partial(_trial, block, state, executes, lists[column], counts[column : column + 1], tf32, scratch)
             yield run
             state = run(False)

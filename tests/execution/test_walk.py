@@ -160,7 +160,8 @@ def test_cuda_walk_by_its_emulation(monkeypatch, dtype):
         (torch.bfloat16, (), "", "walk", "each thread carries"),
         (torch.float16, (), "no kernels", "batch", "walk does not fit: no kernels"),
         (torch.float32, (), "", "batch", "walk does not fit: walk on CUDA multiplies float16 and bfloat16"),
-        (torch.float32, ("squeeze",), "", "routed", "walk and batch do not fit: block 0: body: expected 1x1 and 3x3"),
+        (torch.float16, ("squeeze",), "", "batch", "walk does not fit: block 0: convolution 0: squeeze: expected 0"),
+        (torch.float32, None, "", "routed", "walk and batch do not fit: block 0: body: expected 1x1 and 3x3"),
     ],
 )
 def test_what_auto_takes_on_cuda(monkeypatch, dtype, variants, native, impl, reason):
@@ -169,7 +170,10 @@ def test_what_auto_takes_on_cuda(monkeypatch, dtype, variants, native, impl, rea
     monkeypatch.setattr(core, "CudaPlan", _EmulatedCudaPlan, raising=False)
     monkeypatch.setattr(walk, "why_not_native", lambda device: native)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
-    model = settle(vary(spnet.models.SPNet([2, 1], [8, 12], num_classes=5, input_size=9), variants)).to(dtype)
+    model = spnet.models.SPNet([2, 1], [8, 12], num_classes=5, input_size=9)
+    if variants is None:
+        model.features.stage1[0].body[0] = nn.Conv2d(8, 8, 5, padding=2)
+    settle(vary(model, variants or ())).to(dtype)
     x, paths = _input(model, 5).to(dtype), torch.rand(5, 3) < 0.5
     found = spnet.explain(model, x)
     assert (found.impl, reason in found.reason) == (impl, True), found.reason

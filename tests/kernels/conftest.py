@@ -10,7 +10,8 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUN_KERNELS = ["test_compact.py", "test_conv.py", "test_max_pool.py", "test_pool_route.py", "test_stem.py"]
+RUN_KERNELS = ["test_compact.py", "test_conv.py", "test_max_pool.py", "test_pool_route.py"]
+RUN_KERNELS += ["test_scale.py", "test_stem.py"]
 if not INTERPRETED and not torch.cuda.is_available():
     collect_ignore = RUN_KERNELS
 

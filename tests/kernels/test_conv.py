@@ -34,7 +34,7 @@ MODES = {
 class Case:
     """Arguments of one conv_ and what it has to compute."""
 
-    def __init__(self, geometry, mode, dtype, count, batch, device, relu=True, skip_relu=None):
+    def __init__(self, geometry, mode, dtype, count, batch, device, relu=True, skip_relu=None, groups=1):
         kernel, stride, h, w, cin, cout = geometry
         counted, gather, scatter, add = MODES[mode]
         self.index, self.count = listed(batch, count, device) if counted else (None, None)
@@ -48,16 +48,19 @@ class Case:
         out = torch.full((batch, h_out, w_out, cout), float("nan"), dtype=dtype, device=device)
         if add:
             out[self.written] = torch.randn(n, h_out, w_out, cout, device=device).to(dtype)
-        weight = torch.randn(cout, cin, kernel, kernel, device=device).to(dtype)
-        self.x, self.out, self.weight = guarded(x, device), guarded(out, device), guarded(pack_weight(weight), device)
+        weight = torch.randn(cout, cin // groups, kernel, kernel, device=device).to(dtype)
+        self.x, self.out = guarded(x, device), guarded(out, device)
+        self.weight = guarded(pack_weight(weight, groups), device)
         self.bias = guarded(torch.randn(cout), device)
         self.options = dict(
-            stride=stride, index=self.index, count=self.count, gather=gather, scatter=scatter, add=add, relu=relu
-        )
+            stride=stride, index=self.index, count=self.count, gather=gather, scatter=scatter, add=add, relu=relu,
+            groups=groups,
+        )  # fmt: skip
         self.options["skip_relu"] = skip_relu
 
         def product(x, weight, bias):
-            y = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), stride, kernel // 2)
+            operands = x.permute(0, 3, 1, 2).double(), weight.double(), bias.double()
+            y = F.conv2d(*operands, stride, kernel // 2, groups=groups)
             return y.permute(0, 2, 3, 1)
 
         rows = self.x[self.read]
@@ -93,7 +96,7 @@ class Case:
 
 
 def _ordered(options):
-    names = "stride index count gather scatter add relu skip_relu tf32".split()
+    names = "stride groups index count gather scatter add relu skip_relu tf32".split()
     return [options[name] for name in names]
 
 
@@ -104,6 +107,25 @@ def test_kernel(geometry, mode, count, device):
     case = Case(geometry, mode, dtype, count, 6, device)
     case.run()
     case.check()
+
+
+# Cin, Cout, groups: a bundle of whole groups, cut off or not; groups of whole bundles; bundles that straddle groups,
+# also at their end, where a tile may not read as many channels as at the beginning
+GROUPS = [(32, 32, 8), (128, 192, 32), (24, 80, 4), (96, 96, 4), (144, 144, 6), (8, 256, 2), (72, 120, 3), (5, 70, 5)]
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+def test_groups(groups, by_kernel, device):
+    """Of tiles as wide as a bundle and narrower ones, of steps that reach beyond a bundle's channels."""
+    device = device if by_kernel else torch.device("cpu")
+    cin, cout, groups = groups
+    for number, tile in enumerate((TILE, TILE._replace(block_n=128), TILE._replace(block_n=16, block_k=64))):
+        mode = list(MODES)[(number + groups) % len(MODES)]
+        dtype = FLOATS[(number + cout) % 3]
+        case = Case((1 + 2 * (number % 2), 1 + number // 2, 3, 4, cin, cout), mode, dtype, 3, 4, device, groups=groups)
+        case.run(tile) if by_kernel else conv_(case.out, case.x, case.weight, case.bias, **case.options)
+        case.check()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -169,7 +191,7 @@ def test_a_map_of_more_than_2_31_numbers(device):
         x[0, row] = torch.randn(1, 16, device=device)
     out, bias = (torch.zeros(shape, device=device) for shape in ((1, 2, 1, 16), (16,)))
     out, weight = out.half(), torch.eye(16, device=device).half().view(16, 1, 1, 16)
-    geometry = dict(KERNEL_H=1, KERNEL_W=1, STRIDE_H=2, STRIDE_W=1, PADDING=0)
+    geometry = dict(KERNEL_H=1, KERNEL_W=1, STRIDE_H=2, STRIDE_W=1, PADDING=0, GROUPS=1)
     modes = dict(GATHER=False, SCATTER=False, ADD=False, RELU=False)
     lists = None, None, None
     conv.launch_product(out, x, weight, bias, *lists, geometry, modes, tf32=False, scratch=None, tile=TILE).run()
@@ -222,6 +244,8 @@ def test_tiles_are_not_shared_where_the_parts_would_differ_or_have_no_room(devic
     ("change", "error", "text"),
     [
         (dict(stride=3), ValueError, "stride: expected 1 or 2, got 3"),
+        (dict(groups=3), ValueError, "groups: expected a divisor of 16 and 32 channels, got 3"),
+        (dict(groups=2, weight=torch.zeros(32, 3, 3, 8).half()), ValueError, r"weight: expected \[-1, -1, -1, 16\]"),
         (dict(gather=True), ValueError, "index, count"),
         (dict(count=torch.zeros(1, dtype=torch.int64)), TypeError, "count: expected torch.int32"),
         (dict(skip_relu=torch.zeros(6, dtype=torch.bool), relu=False), ValueError, "skip_relu"),

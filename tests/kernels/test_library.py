@@ -13,13 +13,13 @@ def conv_arguments():
     index, count = torch.tensor([0, 2, 3, 9], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
     out, x, weight = torch.randn(4, 4, 4, 8), torch.randn(4, 7, 7, 5), torch.randn(8, 3, 3, 5)
     scratch = kernels.Scratch.on(torch.device("cpu"))
-    return out, x, weight, torch.randn(8), 2, index, count, True, True, True, True, None, False, *scratch
+    return out, x, weight, torch.randn(8), 2, 1, index, count, True, True, True, True, None, False, *scratch
 
 
 def shortcut_arguments():
     skips = (torch.rand(4, 3) < 0.5)[:, 1]
     out, x, weight = torch.randn(4, 7, 7, 8), torch.randn(4, 7, 7, 5), torch.randn(8, 1, 1, 5)
-    return out, x, weight, torch.randn(8), 1, None, None, False, False, False, True, skips, False, None, None
+    return out, x, weight, torch.randn(8), 1, 1, None, None, False, False, False, True, skips, False, None, None
 
 
 def list_arguments():
@@ -54,6 +54,10 @@ CASES = {
     ),
     "compact_": list_arguments,
     "decide_": decide_arguments,
+    "scale_": lambda: (
+        (torch.randn(4, 7, 7, 5), torch.randn(4, 7, 7, 5), torch.randn(5), torch.randn(5))
+        + (torch.arange(4).int(), torch.ones(1).int(), True, True, True, True)
+    ),
     "max_pool_": lambda: (torch.randn(2, 4, 4, 8), torch.randn(2, 7, 7, 8), 3, 2, 1),
 }
 
@@ -71,7 +75,7 @@ def test_tensors_of_several_devices():
 
 
 @pytest.mark.parametrize(
-    ("case", "argument"), [("conv_", 2), ("stem_conv_", 3), ("pool_", 1), ("route_", 3), ("decide_", 3)]
+    ("case", "argument"), [("conv_", 2), ("stem_conv_", 3), ("pool_", 1), ("route_", 3), ("decide_", 3), ("scale_", 2)]
 )
 def test_no_gradient(case, argument):
     arguments = CASES[case]()

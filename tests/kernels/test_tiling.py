@@ -23,12 +23,20 @@ def test_a_measured_tile_comes_before_the_rule(tmp_path, monkeypatch):
     monkeypatch.setattr(tiling, "TABLES", tmp_path)
     tiling.table.cache_clear()
     shape = Shape.of(torch.float16, False, 3, 64, 64, 3000)
-    assert shape == ("float16", 3, 64, 64, 4096)
+    assert shape == ("float16", 3, 64, 64, False, 4096)
     measured = Tile(256, 64, 32, 4, 8, 5, 1)
     entry = dict(tile=list(measured), microseconds=1.0, by_rule=2.0)
     (tmp_path / "sm_90.json").write_text(json.dumps(dict(device="a GPU", tiles={shape.key: entry})))
     assert tiling.choose("sm_90", shape) == measured
     assert tiling.choose("sm_90", shape._replace(dtype="bfloat16")) == measured
+    shortcut = shape._replace(shortcut=True)
+    assert tiling.choose("sm_90", shortcut) == measured
+    (tmp_path / "sm_90.json").write_text(json.dumps(dict(device="a GPU", tiles={shortcut.key: entry})))
+    tiling.table.cache_clear()
+    assert tiling.choose("sm_90", shortcut) == measured
+    assert tiling.choose("sm_90", shape) == tiling.rule("sm_90", shape)  # a body's registers may not suffice
+    (tmp_path / "sm_90.json").write_text(json.dumps(dict(device="a GPU", tiles={shape.key: entry})))
+    tiling.table.cache_clear()
     assert tiling.choose("sm_80", shape) == tiling.rule("sm_80", shape)
     assert tiling.choose("sm_90", shape._replace(cin=128)) == tiling.rule("sm_90", shape._replace(cin=128))
     tiling.table.cache_clear()
@@ -75,9 +83,10 @@ def test_every_measured_tile_is_compiled(tmp_path, monkeypatch, dtype):
 def test_convolutions_of_resnet50():
     found = workload.convolutions("resnet50")
     assert len(found) == 1 + 5 + 3 * 6 + 1
-    assert found[0] == (7, 2, 224, 3, 64, "stem")
-    assert (3, 2, 28, 256, 256, "inner") in found
-    assert found[-2:] == [(3, 1, 7, 512, 512, "inner"), (1, 1, 1, 2048, 1000, "head")]
+    assert found[0] == (7, 2, 224, 3, 64, "stem", 1)
+    assert (3, 2, 28, 256, 256, "inner", 1) in found
+    assert found[-2:] == [(3, 1, 7, 512, 512, "inner", 1), (1, 1, 1, 2048, 1000, "head", 1)]
+    assert (3, 2, 28, 512, 512, "inner", 32) in workload.convolutions("resnext50")
 
 
 def test_the_tuner_takes_the_fastest_tile_of_each_shape():
