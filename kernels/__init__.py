@@ -43,7 +43,7 @@ and the stem, whose input lies in a border of zeros::
 
 Tile shapes are looked up, never tuned at a call: :mod:`spnet.kernels.tiling`. ``python -m spnet.kernels.check``
 compiles every kernel without a GPU, ``python -m spnet.kernels.tune`` measures tiles on one. Of GPUs the kernels have
-run on an H100 alone.
+run on an H100 alone, ``scale_`` and the groups of ``conv_`` on none.
 """
 
 from spnet.kernels.compact import compact_, decide_

@@ -52,9 +52,9 @@ def lower(model: nn.Module, input_shape: tuple[int, int, int] | None = None) -> 
     RegNet, and pre-activation networks, Wide ResNets among them. Bodies are convolutions, shortcuts the identity,
     option A or a projection, of averages of pixels where it has a stride, activations ReLU or none. Convolutions have
     BatchNorm, ReLU and squeeze-and-excitation behind them or do not; a BatchNorm may also stand alone. Any depth,
-    widths, groups and classes; float32, bfloat16 and float16. On CUDA, from compute capability 8.0: blocks behind
-    blocks, bodies of 1x1 and 3x3 convolutions of one group without squeeze-and-excitation, ReLU behind each
-    convolution and each block, by ``walk`` where dtype and size allow that. The plan runs on the model's device.
+    widths, groups and classes; float32, bfloat16 and float16. On CUDA, from compute capability 8.0: bodies of
+    1x1 and 3x3 convolutions of stride 1 and 2; by ``walk`` basic blocks as those of CIFAR networks, where dtype and
+    size allow that. The plan runs on the model's device.
 
     Args:
         model: the network; its forward is run on zeros.
@@ -358,8 +358,11 @@ def assemble(model: nn.Module, shape: tuple[int, int, int], steps: list[Step]) -
         LoweringError: they are in another order or of other sizes than a plan's.
     """
     kinds = [step.kind for step in steps]
-    if kinds[-2:] != ["average", "linear"] or steps[-1].of["bias"] is None:
-        raise LoweringError("the network does not end with the average over all pixels and a linear layer with a bias")
+    head, of_head = None, []
+    if kinds[-2:] in (["average", "linear"], ["average", "convolution"]):
+        head, of_head = _fold("the head", steps[-1])
+    if head is None or head != Convolution(head.cin, head.cout, 1):
+        raise LoweringError("the network does not end with the average over all pixels and a linear layer")
     begin, pool = kinds.index("block"), (0, 0, 0)
     stem, rest = steps[:begin], steps[begin:-2]
     if "max_pool" in kinds[:begin]:
@@ -378,14 +381,12 @@ def assemble(model: nn.Module, shape: tuple[int, int, int], steps: list[Step]) -
         weights += of_before + folded
         between = []
     after, of_after = _lower_chain("what follows the blocks", between) if between else ([], [])
-    weights += of_after
-    head = steps[-1].of
-    network = Network(*shape, len(head["weight"]), pool, tuple(first), tuple(rows), tuple(after))
-    flat = torch.cat([w.detach().float().flatten() for w in (*weights, head["weight"], head["bias"])])
+    network = Network(*shape, head.cout, pool, tuple(first), tuple(rows), tuple(after))
+    flat = torch.cat([w.detach().float().flatten() for w in (*weights, *of_after, *of_head)])
     table = network.table()
     try:
         read_table(table)  # what does not fit is named before the count of MACs runs into it
-        return Plan(table, flat, count_macs(model, shape), head["weight"].dtype, head["weight"].device)
+        return Plan(table, flat, count_macs(model, shape), steps[-1].of["weight"].dtype, flat.device)
     except ValueError as e:
         raise LoweringError(str(e).removeprefix("plan: ")) from e
 

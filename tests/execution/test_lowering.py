@@ -190,11 +190,17 @@ class WideResNet(nn.Module):
         self.layers = nn.Sequential(
             PreActivation(8, 20, 1), PreActivation(20, 20, 1), PreActivation(20, 40, 2), PreActivation(40, 40, 1)
         )
-        self.bn, self.relu, self.fc = nn.BatchNorm2d(40), nn.ReLU(inplace=True), nn.Linear(40, 5)
+        self.bn, self.relu, self.fc = nn.BatchNorm2d(40), nn.ReLU(inplace=True), nn.Conv2d(40, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn(self.layers(self.conv(x))))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return self.fc(F.adaptive_avg_pool2d(x, 1)).flatten(1)
+
+
+class Grouped(WideResNet):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Conv2d(40, 5, 1, groups=5)
 
 
 class RoundedDown(Functional):
@@ -557,6 +563,7 @@ class Foreign(ResNet):
             "the body of block 0 has a convolution that is not square, undilated and evenly zero-padded",
             marks=pytest.mark.filterwarnings("ignore:Using padding='same'"),
         ),
+        (Grouped, "the network does not end with the average over all pixels and a linear layer"),
         (lambda: Variant(Hard), "the body of block 0 calls hardsigmoid, which no plan computes"),
         (lambda: Variant(Axis), "the body of block 0 calls mean as no plan computes it: .* 'axis'"),
         (lambda: Variant(Gated), "the body of block 0 calls mul, but not to scale a map by what its averages say"),
