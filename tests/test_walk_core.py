@@ -369,6 +369,16 @@ NETWORKS = {
         stem_relu=0,
         after=((256, 1, 1, 256, 1),),
     ),
+    # Rows that one strip has left are read again for the next, behind what the third convolution has written.
+    "strips-of-four": Network(
+        1,
+        (22, 200),
+        64,
+        [
+            Block(64, 40, 64, kernels=(3, 1, 1), norm=True),
+            Block(64, 24, 72, 2, PROJECTION, kernels=(3, 3, 3), norm=True, strided=1),
+        ],
+    ),
     "preactivated-heavy": Network(
         1,
         (7, 5),

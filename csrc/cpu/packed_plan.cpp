@@ -392,7 +392,7 @@ void PackedPlan::measure() {
     sums(channels, height);
   };
   const auto middle = [&](int64_t i, const PlanConv& conv) {
-    grow(middle_bytes_[i % 2], map_bytes(conv.cout, conv.out_height, conv.out_width));
+    grow(middle_bytes_[i % kMiddles], map_bytes(conv.cout, conv.out_height, conv.out_width));
   };
   if (plan.stem[0].kernel == 7) {
     const int64_t pixels = (plan.in_height + 6) * (plan.in_width + 6) + kSlackPixels;
@@ -400,7 +400,7 @@ void PackedPlan::measure() {
   } else {
     grow(middle_bytes_[0], map_bytes(plan.in_channels, plan.in_height, plan.in_width));
   }
-  for (size_t i = 0; i + 1 < plan.stem.size(); ++i) middle(i + 1, plan.stem[i]);
+  for (size_t i = 0; i + 1 < plan.stem.size(); ++i) middle((i + 1) % 2, plan.stem[i]);
   state(plan.channels, plan.stem.back().out_height, plan.stem.back().out_width);
   state(plan.channels, plan.height, plan.width);  // larger where a pooling of stride 1 is padded
   const auto states = [&](const std::vector<PlanConv>& chain) {
@@ -426,13 +426,12 @@ void PackedPlan::measure() {
 
 int64_t PackedPlan::workspace_samples() const {
   if (is_heavy) return kMostSamples;
-  const int64_t fitting =
-      (kWorkspaceBytes - scratch_bytes_ - middle_bytes_[0] - middle_bytes_[1]) / sample_bytes();
+  const int64_t fitting = (kWorkspaceBytes - scratch_bytes_ - middles_bytes()) / sample_bytes();
   return std::clamp<int64_t>(fitting, 1, kMostSamples);
 }
 
 int64_t PackedPlan::bytes_of(int64_t samples) const {
-  return (is_heavy ? samples : 1) * (middle_bytes_[0] + middle_bytes_[1]) + samples * sample_bytes();
+  return (is_heavy ? samples : 1) * middles_bytes() + samples * sample_bytes();
 }
 
 std::unique_ptr<Workspace> PackedPlan::make_workspace(int64_t samples) const {
@@ -445,7 +444,7 @@ std::unique_ptr<Workspace> PackedPlan::make_workspace(int64_t samples) const {
   };
   result->middles.resize(is_heavy ? samples : 1);
   for (Workspace::Middle& middle : result->middles) {
-    for (int i : {0, 1}) middle[i].data = take(middle_bytes_[i]);
+    for (int64_t i = 0; i < kMiddles; ++i) middle[i].data = take(middle_bytes_[i]);
   }
   result->samples.resize(samples);
   for (Workspace::Sample& sample : result->samples) {

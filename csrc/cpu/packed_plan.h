@@ -43,6 +43,8 @@ ConvLayout lay_out(const Kernels& kernels, const PlanConv& conv);
 
 // Of one thread at once.
 constexpr int64_t kMostSamples = 8;
+// As many as a body has convolutions but the last: a strip reads rows again that the one before it has left.
+constexpr int64_t kMiddles = 3;
 
 struct PackedConv {
   const ConvFunctions* functions;
@@ -88,7 +90,8 @@ struct Workspace {
     float* pooled;
     float* hidden;
   };
-  using Middle = std::array<MapBuffer, 2>;  // what the convolutions of a body hand on, in turn
+  // What the convolutions of a body hand on, in turn.
+  using Middle = std::array<MapBuffer, kMiddles>;
 
   AlignedFloats memory;
   std::vector<Sample> samples;
@@ -147,13 +150,14 @@ class PackedPlan {
   Linear pack_linear(const float* floats, int64_t weight, int64_t bias, int64_t inputs, int64_t outputs);
   PackedBlock pack(const float* floats, const PlanBlock& block);
   void measure();
+  int64_t middles_bytes() const { return middle_bytes_[0] + middle_bytes_[1] + middle_bytes_[2]; }
   int64_t sample_bytes() const { return 2 * state_bytes_ + sums_bytes_ + pooled_bytes_ + hidden_bytes_; }
   int64_t bytes_of(int64_t samples) const;
   std::unique_ptr<Workspace> make_workspace(int64_t samples) const;
 
   std::vector<AlignedFloats> packed_;
   int64_t state_bytes_ = 0, sums_bytes_ = 0, pooled_bytes_ = 0, hidden_bytes_ = 0;
-  std::array<int64_t, 2> middle_bytes_{};
+  std::array<int64_t, kMiddles> middle_bytes_{};
   int64_t scratch_bytes_ = 0;
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Workspace>> idle_;

@@ -553,14 +553,14 @@ class Walk {
         MapBuffer *outs[kMostSamples], *results[kMostSamples];
         for (int64_t i = 0; i < n; ++i) {
           Workspace::Sample& sample = workspace_.samples[samples[i]];
-          MapBuffer& middle = workspace_.middles[i][j % 2];
+          MapBuffer& middle = workspace_.middles[i][j % kMiddles];
           results[i] = j < last ? &middle : identity ? &sample.state : &sample.spare;
           outs[i] = adds ? results[i] : &middle;
           if (!adds) shape(middle, body[j].cout, body[j].out_height, body[j].out_width);
         }
         run_conv(block.body[j], n, done[j], needed[j], adds, [&](int64_t i) {
           const Workspace::Sample& sample = workspace_.samples[samples[i]];
-          const MapBuffer& in = j == 0 ? sample.state : workspace_.middles[i][(j - 1) % 2];
+          const MapBuffer& in = j == 0 ? sample.state : workspace_.middles[i][(j - 1) % kMiddles];
           const bool relu = adds ? block.shape.relu : body[j].relu;
           return Maps{in, *outs[i], relu, adds || squeezes ? sample.row_sums : nullptr};
         });

@@ -386,7 +386,7 @@ def assemble(model: nn.Module, shape: tuple[int, int, int], steps: list[Step]) -
     table = network.table()
     try:
         read_table(table)  # what does not fit is named before the count of MACs runs into it
-        return Plan(table, flat, count_macs(model, shape), steps[-1].of["weight"].dtype, flat.device)
+        return Plan(table, flat, count_macs(model, shape), first_weight(model).dtype, flat.device)
     except ValueError as e:
         raise LoweringError(str(e).removeprefix("plan: ")) from e
 

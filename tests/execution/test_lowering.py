@@ -404,6 +404,19 @@ def test_half_precision(make, dtype):
     assert (got.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+class Precise(ResNet):
+    """With a head of float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pooled(x).flatten(1).to(torch.float32)).to(x.dtype)
+
+
+def test_a_head_of_another_precision():
+    model, x = routed(Precise()).bfloat16(), torch.randn(3, 3, 32, 32).bfloat16()
+    model.fc.float()
+    assert spnet.lower(model, (3, 32, 32)).dtype == spnet.fast_forward(model, x).dtype == torch.bfloat16
+
+
 def _scale(model):
     model.scale = 2
 
