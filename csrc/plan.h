@@ -14,10 +14,10 @@
 // convolution comes a ReLU if relu = 1, then, where squeeze > 0, squeeze-and-excitation: its map is
 // multiplied by sigmoid(V2 ReLU(V1 (mean of the map over its pixels) + c1) + c2). A body's last one has relu
 // = 0. A block with relu = 1 whose shortcut is the identity or a pad follows something with relu = 1, so that
-// a sample that skips it stays as it is.
+// what skips it needs no ReLU.
 //
 // Integers (int64), one after the other: the header, the stem's convolutions, then every block with the
-// convolutions of `before` and of its body behind it, those of `after`:
+// convolutions of `before` and of its body behind it, then those of `after`:
 //   header       format_version = 4, in_channels, in_height, in_width, num_classes, n_blocks,
 //                pool_kernel, pool_stride, pool_padding (0, 0, 0: no pooling), n_convolutions of the stem,
 //                n_convolutions of after
@@ -62,7 +62,7 @@ struct PlanConv {
   bool relu;
   PlanSqueeze squeeze;
 
-  // Every channel times a number, plus one: a BatchNorm that is alone.
+  // Every channel times a number, plus another: a BatchNorm that is alone.
   bool is_affine() const { return kernel == 1 && stride == 1 && groups == cin && cin == cout; }
 };
 

@@ -411,6 +411,17 @@ NETWORKS = {
         deeper=((8, 1, 1, 8, 0),),
         after=((40, 3, 2, 1, 1), (70, 1, 1, 10, 1)),
     ),
+    # A BatchNorm ends a body, and as many groups as channels do not make one where there are more outputs or a stride.
+    "last-affine": Network(
+        3,
+        (9, 8),
+        12,
+        [
+            Block(12, 12, 12, kernels=(3, 1), groups=(1, 12)),
+            Block(12, 12, 20, 2, PROJECTION, kernels=(1, 3), groups=(12, 1)),
+        ],
+    ),
+    "wide-between": Network(1, (9, 8), 4, [Block(4, 6, 4, before=((70, 3, 1, 1, 0), (4, 1, 1, 1, 1)))]),
     "heavy-squeezes": Network(
         1,
         (7, 5),

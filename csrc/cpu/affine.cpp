@@ -1,7 +1,7 @@
 // Compiled once per level (see level.h).
 //
 // Every channel times its weight, plus its bias: bundles are single vectors, with one float32 weight for each
-// of their channels, in bfloat16 maps too. In and out may be one map.
+// of their channels, in bfloat16 maps too.
 #include "conv.h"
 #include "vec.h"
 

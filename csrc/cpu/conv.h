@@ -41,7 +41,7 @@ struct Bundle {
                             // for ConvFunctions::tiles [planes][kernel][words: pixels, lanes][kTileOutputs]
                             // with zeros to whole kTileWords;
                             // by Winograd [places][channels][outputs], transformed;
-                            // see affine.cpp
+                            // of affine ones [outputs], float32 always
 };
 
 // out = conv(in) + bias, with a residual, ReLU and sums over every row as asked.

@@ -449,7 +449,7 @@ _LAYER = re.compile(f"(convolution (?:batchnorm )?|batchnorm )(relu )?({_SQUEEZE
 def _lower_chain(name: str, steps: list[Step]) -> tuple[list[Convolution], list[Tensor]]:
     """The shapes and folded weights of convolutions with what follows them: BatchNorm, ReLU, squeeze-and-excitation.
 
-    Where nothing precedes a BatchNorm, it is a convolution of its own.
+    A BatchNorm right behind no convolution is one of its own.
     """
     kinds = "".join(f"{step.kind} " for step in steps)
     layers = list(_LAYER.finditer(kinds))

@@ -28,7 +28,7 @@ class Convolution(NamedTuple):
 
     @property
     def is_affine(self) -> bool:
-        """Every channel times a number, plus one: a BatchNorm that is alone."""
+        """Every channel times a number, plus another: a BatchNorm that is alone."""
         return self.cin == self.cout == self.groups and (self.kernel, self.stride, self.padding) == (1, 1, 0)
 
 

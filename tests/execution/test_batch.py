@@ -95,6 +95,33 @@ def test_half_precision(model, batch, rate, dtype):
     assert_as_exact_as_masked(got, model, x, paths)
 
 
+def test_a_batchnorm_of_a_map_of_large_mean_is_not_rounded():
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = vary(spnet.models.SPNet([3], [32], num_classes=10, input_size=16), ["preactivation"])
+        model.features.stem[0].bias = nn.Parameter(30 * torch.randn(32))
+        del model.features.stem[1]
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        with torch.no_grad():
+            model.train().features(torch.randn(32, 3, 16, 16))
+        model.eval().bfloat16()
+        x, paths = torch.randn(16, 3, 16, 16).bfloat16(), torch.ones(16, 3, dtype=torch.bool)
+        assert_as_exact_as_masked(spnet.fast_forward(model, x, impl="batch", paths=paths), model, x, paths)
+
+
+@pytest.mark.parametrize("impl", ["walk", "batch"])
+def test_as_many_groups_as_channels_with_a_stride(impl):
+    model = spnet.models.SPNet([1, 1], [8, 12], num_classes=5, input_size=9, shortcut="projection")
+    model.features.stage2[0].body.insert(0, nn.Conv2d(8, 8, 1, 2, groups=8))
+    model.features.stage2[0].body[1].stride = 1, 1
+    x, paths = torch.randn(3, 3, 9, 9), torch.ones(3, 2, dtype=torch.bool)
+    expected = spnet.fast_forward(settle(model), x, impl="masked", paths=paths)
+    got = spnet.fast_forward(model, x, impl=impl, paths=paths)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("resnet18", torch.float32), *(("resnet50", dtype) for dtype in DTYPES)])
 def test_the_published_forms(name, dtype):
     model = settle(spnet.create_model(name, num_classes=7, input_size=33)).to(dtype)

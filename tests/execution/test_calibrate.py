@@ -11,7 +11,7 @@ import spnet
 from spnet.execution import kept, plan
 from spnet.execution.device import OnCpu
 from spnet.routing import routed_blocks
-from tests.conftest import settle
+from tests.conftest import settle, vary
 
 
 @pytest.fixture(params=["batch", "graph"], autouse=True)
@@ -100,11 +100,12 @@ def test_before_calibration(tmp_path):
         assert each.choices == ("routed",) * 4
 
 
+@pytest.mark.parametrize("variants", [(), ("preactivation",)])
 @pytest.mark.parametrize(
     "options", [{}, {"bottleneck": False}, {"imagenet": False}, {"imagenet": False, "bottleneck": False}]
 )
-def test_trials_run_the_blocks_on_their_own_maps(options, execution):
-    model, x = _network(**options), torch.randn(4, 3, 31, 31)
+def test_trials_run_the_blocks_on_their_own_maps(options, variants, execution):
+    model, x = settle(vary(_network(**options), variants)), torch.randn(4, 3, 31, 31)
     blocks = routed_blocks(model)
     paths = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]]).bool()
     outputs = []

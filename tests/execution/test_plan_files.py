@@ -14,7 +14,7 @@ from safetensors.torch import save
 import spnet
 from spnet.analysis.macs import Macs
 from spnet.execution.plan import _digest
-from spnet.execution.table import Convolution, Network
+from spnet.execution.table import IDENTITY, PAD, Block, Convolution, Network, read_table
 from tests.conftest import VARIANTS, settle, vary
 
 EXAMPLES = settings(max_examples=300)
@@ -173,3 +173,21 @@ def test_a_network_without_blocks(tmp_path):
     plan.save(tmp_path / "plan")
     for impl in ("walk", "batch"):
         assert torch.equal(spnet.load_plan(tmp_path / "plan")(x, impl=impl), plan(x, impl=impl))
+
+
+def test_relus_that_a_plan_cannot_have():
+    conv = Convolution(4, 4, 3, 1, 1, relu=1)
+    block = Block((conv, conv._replace(relu=0)), IDENTITY, 1, 0, 6)
+    network = Network(1, 8, 8, 3, (0, 0, 0), (conv._replace(cin=1),), (block,))
+    assert read_table(network.table()) == network
+    for changed, message in (
+        (network._replace(stem=(conv._replace(cin=1, relu=0),)), "block 0: relu, as what .* from no ReLU: expected 0"),
+        (network._replace(blocks=(block, block._replace(shortcut=PAD)._replace(relu=0), block)), "block 2: relu, as"),
+        (
+            network._replace(blocks=(block._replace(body=(conv, conv)),)),
+            "block 0: relu of the body.s last",
+        ),
+        (network._replace(blocks=(block._replace(relu=2),)), "block 0: relu: expected 0 to 1, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_table(changed.table())
