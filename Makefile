@@ -28,12 +28,12 @@ sanitize-address: build/address/_core.so
 	$(call under,asan) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 $(call pytest,$<) $(PARALLEL) \
 	  $(CORE_TESTS) tests/execution/test_kept.py tests/execution/test_plan_files.py \
 	  -k "not (compile or opcheck or cuda_kernels or exit_with or bad_sample or nan_flows or changes_no_bit or \
-	    batch_splits or carries_nothing_over or the_plan_follows or (cuda_walk and bfloat16) or v2-float32 or no-strips)"
+	    batch_splits or carries_nothing_over or the_plan_follows or (cuda_walk and bfloat16) or $(SHORTER) or no-strips)"
 
 sanitize-thread: build/thread/_core.so
 	$(call under,tsan) TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 $(call pytest,$<) \
 	  $(CORE_TESTS) tests/execution/test_walk.py -k "(thread or every_place or (cuda_walk and forced_paths and 5)) \
-	    and not ($(SHORTER) or no-strips)"
+	    and not ($(SHORTER) or no-strips or preactivated or between)"
 
 # With addresses that are not random, where the system lets it: the shadow memory of GCC 12 needs them on new kernels.
 under = $(FIXED_ADDRESSES) env LD_PRELOAD="$(call library,$1) $(call library,stdc++)"
