@@ -372,7 +372,7 @@ NETWORKS = {
     # Rows that one strip has left are read again for the next, behind what the third convolution has written.
     "strips-of-four": Network(
         1,
-        (22, 200),
+        (10, 200),
         64,
         [
             Block(64, 40, 64, kernels=(3, 1, 1), norm=True),
