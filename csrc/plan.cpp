@@ -10,7 +10,7 @@ constexpr int64_t kFormatVersion = 4;
 constexpr int64_t kHeaderInts = 11, kConvInts = 8, kBlockInts = 7;
 constexpr int64_t kMaxSize = 1024, kMaxCifarSize = 64, kMaxImageChannels = 4, kMaxInChannels = 512,
                   kMaxWidth = 4096, kMaxClasses = 1'000'000;
-constexpr int64_t kMaxBlocks = 100'000, kMaxChain = 64, kMaxBody = 4;
+constexpr int64_t kMaxBlocks = 100'000, kMaxChain = 64;
 
 [[noreturn]] void fail(const std::string& name, const std::string& expected, int64_t got) {
   throw std::invalid_argument("plan: " + name + ": expected " + expected + ", got " + std::to_string(got));

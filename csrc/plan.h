@@ -47,6 +47,8 @@
 
 namespace spnet {
 
+constexpr int64_t kMaxBody = 4;  // convolutions
+
 enum class Shortcut { identity, pad, projection, pooled };
 
 // Tensors are given as positions in the table of floats.

@@ -20,7 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from spnet.kernels import tiling
-from spnet.kernels.library import DTYPES, MOST, SPNET, Launch, check, check_contiguous, define, multiprocessors
+from spnet.kernels.library import (
+    DTYPES,
+    MOST,
+    SPNET,
+    Launch,
+    check,
+    check_contiguous,
+    check_list,
+    define,
+    multiprocessors,
+)
 
 BUNDLE = 64  # outputs
 
@@ -288,13 +298,10 @@ def _check(
         raise ValueError(f"stride: expected 1 or 2, got {stride}")
     check("bias", bias, torch.float32, (cout,))
     check("out", out, x.dtype, (-1, -(-h // stride), -(-w // stride), cout))
-    check("index", index, torch.int32, (-1,))
-    check("count", count, torch.int32, (1,))
+    check_list(index, count, gather, scatter)
     check("skip_relu", skip_relu, torch.bool, (batch,))
     check("partials", partials, torch.float32, (-1,))
     check("counters", counters, torch.int32, (-1,))
-    if (gather or scatter) and (index is None or count is None):
-        raise ValueError("index, count: expected both with gather or scatter, got None")
     if skip_relu is not None and (count is not None or not relu):
         raise ValueError("skip_relu: expected relu=True and no count")
     if count is None and out.shape[0] != batch:

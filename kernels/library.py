@@ -85,6 +85,14 @@ def check(name: str, tensor: Tensor | None, dtype: torch.dtype | tuple, shape: t
         raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
 
 
+def check_list(index: Tensor | None, count: Tensor | None, gather: bool, scatter: bool) -> None:
+    """Raise unless they are the list and the number of samples that gather and scatter need."""
+    check("index", index, torch.int32, (-1,))
+    check("count", count, torch.int32, (1,))
+    if (gather or scatter) and (index is None or count is None):
+        raise ValueError("index, count: expected both with gather or scatter, got None")
+
+
 def check_contiguous(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():

@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spnet.kernels.library import DTYPES, MOST, SPNET, Launch, check, check_contiguous, define, multiprocessors
+from spnet.kernels.library import (
+    DTYPES,
+    MOST,
+    SPNET,
+    Launch,
+    check,
+    check_contiguous,
+    check_list,
+    define,
+    multiprocessors,
+)
 
 
 @triton.jit
@@ -106,10 +116,7 @@ def _check(out, x, scale, shift, index, count, gather, scatter, add, relu) -> No
     check("out", out, x.dtype, (-1, h, w, channels))
     check("scale", scale, torch.float32, (-1, channels) if shift is None else (channels,))
     check("shift", shift, torch.float32, (channels,))
-    check("index", index, torch.int32, (-1,))
-    check("count", count, torch.int32, (1,))
-    if (gather or scatter) and (index is None or count is None):
-        raise ValueError("index, count: expected both with gather or scatter, got None")
+    check_list(index, count, gather, scatter)
     if count is None and not len(out) == batch == (batch if shift is not None else len(scale)):
         raise ValueError(f"out, scale: expected batch {batch} like x, got {len(out)} and {list(scale.shape)}")
     if max(h * w * channels, max(batch, len(out)) * h * w, scale.numel()) > MOST:

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "kernels.h"
@@ -44,7 +45,7 @@ ConvLayout lay_out(const Kernels& kernels, const PlanConv& conv);
 // Of one thread at once.
 constexpr int64_t kMostSamples = 8;
 // As many as a body has convolutions but the last: a strip reads rows again that the one before it has left.
-constexpr int64_t kMiddles = 3;
+constexpr int64_t kMiddles = kMaxBody - 1;
 
 struct PackedConv {
   const ConvFunctions* functions;
@@ -150,7 +151,9 @@ class PackedPlan {
   Linear pack_linear(const float* floats, int64_t weight, int64_t bias, int64_t inputs, int64_t outputs);
   PackedBlock pack(const float* floats, const PlanBlock& block);
   void measure();
-  int64_t middles_bytes() const { return middle_bytes_[0] + middle_bytes_[1] + middle_bytes_[2]; }
+  int64_t middles_bytes() const {
+    return std::accumulate(middle_bytes_.begin(), middle_bytes_.end(), int64_t{0});
+  }
   int64_t sample_bytes() const { return 2 * state_bytes_ + sums_bytes_ + pooled_bytes_ + hidden_bytes_; }
   int64_t bytes_of(int64_t samples) const;
   std::unique_ptr<Workspace> make_workspace(int64_t samples) const;

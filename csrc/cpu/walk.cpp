@@ -533,7 +533,7 @@ class Walk {
     const int64_t last = body.size() - 1, height = block.shape.out_height();
     const bool skips[kMostSamples] = {};
     const int64_t strip = block.is_heavy ? height : block.strip * crew_.parts();
-    int64_t done[kMostBody] = {}, needed[kMostBody];
+    int64_t done[kMaxBody] = {}, needed[kMaxBody];
     while (done[last] < height) {
       needed[last] = std::min(done[last] + strip, height);
       for (int64_t j = last; j > 0; --j) {
@@ -569,8 +569,6 @@ class Walk {
       }
     }
   }
-
-  static constexpr int64_t kMostBody = 4;
 
   const PackedPlan& plan_;
   const bool is_bfloat16_;  // the input

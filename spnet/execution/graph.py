@@ -108,7 +108,7 @@ class _Conv(NamedTuple):
         index = None if count is None else torch.arange(len(y), dtype=torch.int32, device=y.device)
         pool_(sums, y, index, count)
         w1, b1, w2, b2 = self.squeeze
-        pooled = sums.sum(1) / (y.shape[1] * y.shape[2])
+        pooled = _mean(sums, y)
         hidden, logits = pooled.new_empty(len(y), len(w1)), torch.empty_like(pooled)
         # Of all samples, which takes no longer than of some.
         for to, x, weight, bias, relu in ((hidden, pooled, w1, b1, True), (logits, hidden, w2, b2, False)):
@@ -241,7 +241,7 @@ class _Layers:
         if self._after:
             state, sums = through(self._after, state), None
         sums = _pool(state, sums, *changed)
-        pooled = (sums[:, 0] if sums.shape[1] == 1 else sums.sum(1)) / (state.shape[1] * state.shape[2])
+        pooled = _mean(sums, state)
         # Not cuBLAS, whose workspace a graph would have to keep, and which multiplies by TF32 where told to.
         conv_(logits[:, None, None], pooled[:, None, None], *self._head, relu=False, scratch=scratch)
 
@@ -267,6 +267,11 @@ def _pool(state: Tensor, sums: Tensor | None, index: Tensor | None, count: Tenso
 def _new_sums(state: Tensor) -> Tensor:
     batch, h, w, channels = state.shape
     return state.new_empty(batch, slabs(h * w), channels, dtype=torch.float32)
+
+
+def _mean(sums: Tensor, state: Tensor) -> Tensor:
+    """Float32 [B, C] of the sums of ``pool_``."""
+    return (sums[:, 0] if sums.shape[1] == 1 else sums.sum(1)) / (state.shape[1] * state.shape[2])
 
 
 def through(chain: Iterable[_Conv], x: Tensor) -> Tensor:

@@ -375,12 +375,12 @@ def assemble(model: nn.Module, shape: tuple[int, int, int], steps: list[Step]) -
             between.append(step)
             continue
         name = f"block {len(rows)}"
-        before, of_before = _lower_chain(f"what comes before {name}", between) if between else ([], [])
+        before, of_before = _lower_between(f"what comes before {name}", between)
         row, folded = _lower_block(name, **step.of)
         rows.append(row._replace(before=tuple(before)))
         weights += of_before + folded
         between = []
-    after, of_after = _lower_chain("what follows the blocks", between) if between else ([], [])
+    after, of_after = _lower_between("what follows the blocks", between)
     network = Network(*shape, head.cout, pool, tuple(first), tuple(rows), tuple(after))
     flat = torch.cat([w.detach().float().flatten() for w in (*weights, *of_after, *of_head)])
     table = network.table()
@@ -389,6 +389,11 @@ def assemble(model: nn.Module, shape: tuple[int, int, int], steps: list[Step]) -
         return Plan(table, flat, count_macs(model, shape), first_weight(model).dtype, flat.device)
     except ValueError as e:
         raise LoweringError(str(e).removeprefix("plan: ")) from e
+
+
+def _lower_between(name: str, steps: list[Step]) -> tuple[list[Convolution], list[Tensor]]:
+    """As :func:`_lower_chain`, of no step too."""
+    return _lower_chain(name, steps) if steps else ([], [])
 
 
 def _lower_block(
